@@ -1,0 +1,1 @@
+"""Text-to-speech backends. Each is named in `app.backends.registry`."""

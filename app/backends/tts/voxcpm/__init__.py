@@ -1,0 +1,1 @@
+"""VoxCPM: reading its checkpoints, preparing its inputs, and running it."""

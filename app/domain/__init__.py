@@ -1,0 +1,1 @@
+"""Frozen values that every layer may pass around. No I/O, no frameworks."""

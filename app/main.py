@@ -1,0 +1,83 @@
+"""Puts the application together. The only module that builds something when it is imported."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypedDict
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+
+from app import __version__, problems
+from app.config import Settings, load_settings
+from app.middleware import (
+    BodyLimitProblem,
+    CancelOnDisconnect,
+    Draining,
+    InFlight,
+    RequestContext,
+    RootPath,
+)
+from app.resources import Resources, open_resources
+from app.routers import health, models, tts
+
+_DESCRIPTION = """\
+A self-hosted server for speech models. Give it text, get speech: `generate` speaks, `clone` speaks
+in the voice of a recording. Errors are `application/problem+json`.
+"""
+
+
+class State(TypedDict):
+    """What the lifespan hands to every request as `request.state`."""
+
+    resources: Resources
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Build the application. Nothing is opened before its lifespan begins."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        async with open_resources(settings) as resources:
+            yield {"resources": resources}
+
+    app = FastAPIOffline(
+        title="Bawabah AI",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        root_path=settings.root_path,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.settings = settings
+    app.state.in_flight = InFlight()
+    problems.install(app)
+    app.include_router(health.router)
+    app.include_router(models.router)
+    # Two recordings, and the text fields and separators around them.
+    max_body_bytes = 2 * settings.tts.max_upload_bytes + 2**20
+    app.include_router(tts.create_router(max_body_bytes=max_body_bytes))
+    # Each is wrapped around those before it: the last one is the outermost.
+    app.add_middleware(CancelOnDisconnect, max_body_seconds=settings.tts.request_timeout_seconds)
+    app.add_middleware(BodyLimitProblem, max_body_bytes=max_body_bytes)
+    app.add_middleware(Draining, in_flight=app.state.in_flight)
+    app.add_middleware(RequestContext)
+    app.add_middleware(RootPath)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document with our problems, less the 422 that this server never sends."""
+    if app.openapi_schema is None:
+        schema = FastAPI.openapi(app)
+        for path in schema["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        schemas = schema["components"]["schemas"]
+        for unused in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(unused, None)
+        schemas |= problems.openapi_schemas()
+    return app.openapi_schema or {}
+
+
+app = create_app(load_settings())

@@ -1,0 +1,1 @@
+"""Wire shapes: what requests and answers look like in JSON and forms."""

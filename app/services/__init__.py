@@ -1,0 +1,1 @@
+"""What the server does, as functions and objects without HTTP in them."""
