@@ -212,13 +212,20 @@ class CancelOnDisconnect:
                 pass
             gone.set()
 
-        work = asyncio.create_task(self._run(scope, receive_body, send))
+        answered = False
+
+        async def send_answer(message: Message) -> None:
+            nonlocal answered
+            await send(message)
+            answered = message["type"] == "http.response.body" and not message.get("more_body")
+
+        work = asyncio.create_task(self._run(scope, receive_body, send_answer))
         watcher = asyncio.create_task(watch())
         try:
             await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            if not answered:
                 work.cancel("the client has gone")
-                await asyncio.wait({work})
+            await asyncio.wait({work})  # after the answer it still tidies up
         finally:
             watcher.cancel()
             work.cancel()

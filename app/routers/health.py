@@ -25,11 +25,16 @@ async def live() -> Live:
     return Live(live=True)
 
 
+# Its 503 says what is missing in the shape of its 200; a server that stops sends a problem.
+_READY_RESPONSES = responses_for(ShuttingDownError)
+_READY_RESPONSES[503]["model"] = Ready
+_READY_RESPONSES[503]["description"] += ", or not ready yet"
+
+
 @router.get(
     "/health/ready",
     summary="Can it serve?",
-    responses=responses_for(ShuttingDownError)
-    | {503: {"model": Ready, "description": "Not yet; or a problem while shutting down."}},
+    responses=_READY_RESPONSES,
 )
 async def ready(resources: AppResources, response: Response) -> Ready:
     """503 while the default model is being downloaded or a preload is on its way, else 200.

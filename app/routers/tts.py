@@ -98,7 +98,9 @@ def create_router(*, max_body_bytes: int) -> APIRouter:
         response_class=Response,
         responses=_AUDIO | _ERRORS | _UPLOAD_ERRORS,
     )
-    async def clone(form: Annotated[CloneForm, Form()], resources: AppResources) -> Response:
+    async def clone(
+        form: Annotated[CloneForm, Form(media_type="multipart/form-data")], resources: AppResources
+    ) -> Response:
         """Give a text and a recording of a voice, get a WAV file in that voice.
 
         Send `prompt_wav` with its transcript in `prompt_text`; on models with reference cloning

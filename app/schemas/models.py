@@ -95,14 +95,15 @@ class Welcome(BaseModel):
 class Live(BaseModel):
     """The process is up."""
 
-    live: bool
+    live: bool = Field(examples=[True])
 
 
 class Ready(BaseModel):
     """Whether the server can do its main job."""
 
-    ready: bool
+    ready: bool = Field(examples=[True])
     degraded: bool = Field(
-        description="True while the default model is out of reach and its stand-in answers."
+        examples=[False],
+        description="True while the default model is out of reach and its stand-in answers.",
     )
-    reason: str | None = Field(description="What is missing, in one sentence.")
+    reason: str | None = Field(description="What is missing, in one sentence.", examples=[None])

@@ -10,6 +10,9 @@ from app.domain.speech import SpeechRequest
 from app.services.tts_service import SpeechAnswer, VoiceUploads
 
 
+_EXAMPLE_TEXT = "The quick brown fox jumps over the lazy dog."
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be blank")
@@ -94,14 +97,27 @@ class GenerateBody(SpeechFields):
 
     model_config = ConfigDict(
         extra="forbid",
-        json_schema_extra={
-            "examples": [{"text": "The quick brown fox jumps over the lazy dog."}],
-        },
+        json_schema_extra={"examples": [{"text": _EXAMPLE_TEXT}]},
     )
+
+
+def _as_form(schema: dict[str, Any]) -> None:
+    """A form can send text and files, but no null: a field left out says the same."""
+    schema["properties"]["text"]["examples"] = [_EXAMPLE_TEXT]
+    for field in schema["properties"].values():
+        if {"type": "null"} in field.get("anyOf", []):
+            (value,) = (one for one in field.pop("anyOf") if one != {"type": "null"})
+            field |= value
+            field.pop("default", None)
 
 
 class CloneForm(SpeechFields):
     """The multipart form of `clone`."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra=_as_form,
+    )
 
     prompt_wav: UploadFile | None = Field(
         None,

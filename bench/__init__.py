@@ -1,0 +1,1 @@
+"""Benchmarks: medians of several rounds, in one run, written as a table and as JSON."""
