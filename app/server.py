@@ -41,8 +41,13 @@ Bawabah AI is up: {address}/docs
 """
 
 
+# Python code of a model's thread gives way to the event loop after this long; by default 5 ms.
+_SWITCH_INTERVAL_SECONDS = 0.001
+
+
 def set_process_defaults() -> None:
     """Fill in what the environment leaves open."""
+    sys.setswitchinterval(_SWITCH_INTERVAL_SECONDS)
     for name, value in PROCESS_DEFAULTS.items():
         os.environ.setdefault(name, value)
 

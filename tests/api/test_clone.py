@@ -41,7 +41,7 @@ def test_a_clone_equals_the_library_fed_the_same_samples(
     expected = library_clone(
         directory, TEXT, seed=5, prompt=prompt, max_len=10 if name == "voxcpm-0.5b" else 5
     )
-    samples, rate = decoded(response.content)
+    _, rate = decoded(response.content)
     assert rate == ARCHITECTURES[name]  # type: ignore[index]
     assert_same_speech(response.content, expected)
 
