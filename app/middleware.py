@@ -10,6 +10,7 @@ import logging
 import re
 import secrets
 from time import perf_counter
+from traceback import format_tb
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -71,10 +72,17 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
-        except Exception:
+        except Exception as surprise:
             # The last resort for what nobody foresaw. Once bytes have left, only breaking the
-            # connection tells the client that they are not the whole answer.
-            logger.exception("request failed")
+            # connection tells the client that they are not the whole answer. A library may quote
+            # the text to be spoken in its message, so that stays out of the log.
+            logger.error(  # noqa: TRY400
+                "request failed",
+                extra={
+                    "error": type(surprise).__qualname__,
+                    "traceback": "".join(format_tb(surprise.__traceback__)),
+                },
+            )
             if status:
                 raise
             error = InternalError("Something went wrong. The request id finds it in the log.")

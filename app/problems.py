@@ -29,7 +29,7 @@ MEDIA_TYPE = "application/problem+json"
 
 # What the framework raises by itself -> our error and its detail.
 _FRAMEWORK: dict[int, AppError] = {
-    400: ValidationError("The request could not be read."),
+    400: ValidationError.of_field("body", "could not be read"),
     404: NotFoundError("There is nothing at this address."),
     405: MethodNotAllowedError("This address does not take this method."),
     413: PayloadTooLargeError("The body is larger than this route takes."),

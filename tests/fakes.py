@@ -57,3 +57,17 @@ class Loads:
             raise BackendLoadError("its weights are damaged")
         self.loaded.append(SilentBackend(self.memory_bytes))
         return self.loaded[-1]
+
+
+class BrokenBackend(SilentBackend):
+    """A backend whose library fails in a way that nobody foresaw."""
+
+    async def synthesize(self, request: SpeechRequest) -> Speech:
+        raise RuntimeError(f"/secret/path: {request.text}")
+
+
+class DeafBackend(SilentBackend):
+    """A backend that makes numbers which are no sound."""
+
+    async def synthesize(self, request: SpeechRequest) -> Speech:
+        return Speech(np.full(1_600, np.nan, np.float32), 16_000)

@@ -188,6 +188,19 @@ def test_a_style_is_put_before_the_text_without_its_own_brackets(
     assert fields_of(refused) == ["style"]
 
 
+def test_a_control_token_in_a_text_is_read_and_not_obeyed(
+    voxcpm: Running, checkpoints: dict[str, Path]
+) -> None:
+    written = "One <|audio_start|> two."
+    response = generate(voxcpm, text=written, seed=1, max_seconds=0.8)
+    obeyed, read = (
+        library_speech(checkpoints["voxcpm-0.5b"], text, seed=1, max_len=10)
+        for text in (written, "One < |audio_start|> two.")
+    )
+    assert not np.array_equal(obeyed, read)
+    assert_same_speech(response.content, read)
+
+
 def test_speech_that_never_ends_is_flagged_after_the_last_attempt(voxcpm: Running) -> None:
     response = generate(
         voxcpm, text="Hi.", retry_badcase_max_times=1, retry_badcase_ratio_threshold=2

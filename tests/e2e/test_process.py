@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -14,23 +13,24 @@ import threading
 import time
 import wave
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from http.client import HTTPConnection, HTTPResponse
+from contextlib import ExitStack, closing, contextmanager
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 
-from tests.checkpoints import build_checkpoint
 from tests.servers import NO_HUB, REPOSITORY, ServerProcess, server_process
 
 GENERATE = "/api/v1/text-to-speech/generate"
 CLONE = "/api/v1/text-to-speech/clone"
 LIVE = "/health/live"
 FOX = "The quick brown fox jumps over the lazy dog."
-# Some seconds of work for the tiny checkpoint.
-MUCH = {"text": FOX, "max_seconds": 4, "inference_timesteps": 50, "retry_badcase": False}
+# Some seconds of work for the tiny checkpoint, and for the embedded voice.
+MUCH = {"text": FOX, "max_seconds": 3.2, "inference_timesteps": 30, "retry_badcase": False}
+LONG = {"text": f"{FOX} " * 110, "model": "hibari/heart"}
 LITTLE = {"text": FOX, "max_seconds": 0.4, "inference_timesteps": 2, "retry_badcase": False}
 # These tests are about order, not about speed; two threads of OpenMP fight for a busy core.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -77,12 +77,11 @@ class Client:
 @contextmanager
 def clients_of(server: ServerProcess, count: int) -> Iterator[list[Client]]:
     """Connections that are open, each used once, so that the server knows them."""
-    clients = [Client(server) for _ in range(count)]
-    for client in clients:
-        assert client.ask(LIVE)[0].status == 200
-    yield clients
-    for client in clients:
-        client.close()
+    with ExitStack() as stack:
+        clients = [stack.enter_context(closing(Client(server))) for _ in range(count)]
+        for client in clients:
+            assert client.ask(LIVE)[0].status == 200
+        yield clients
 
 
 def ask(server: ServerProcess, path: str, body: dict[str, Any] | None = None) -> bytes:
@@ -107,6 +106,11 @@ def seconds_of(action: Any, *arguments: Any) -> float:
     began = time.monotonic()
     action(*arguments)
     return time.monotonic() - began
+
+
+def report(text: str) -> None:
+    """A figure for those who run pytest with -rA or -s."""
+    sys.stdout.write(f"{text}\n")
 
 
 def run_server(directory: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -139,23 +143,13 @@ def test_the_line_printed_at_startup_works_when_it_is_pasted(tmp_path: Path) -> 
         line = server.startup_text[server.startup_text.index("curl") :]
         seconds = seconds_of(_paste, line, tmp_path)
     duration, rate = length_of((tmp_path / "speech.wav").read_bytes())
-    print(f"first request: {seconds:.2f} s for {duration:.2f} s of speech")
+    report(f"first request: {seconds:.2f} s for {duration:.2f} s of speech")
     assert rate == 24_000
     assert 2 <= duration <= 4
 
 
 def _paste(line: str, directory: Path) -> None:
     subprocess.run(["bash", "-c", line], cwd=directory, check=True, timeout=60)
-
-
-def test_wrong_settings_are_named_and_end_with_status_2(tmp_path: Path) -> None:
-    result = run_server(tmp_path, PORT="http", TTS_MAX_QUEUE="-1", MODEL_RETRY_SECONDS="soon")
-    assert result.returncode == 2
-    wrong = re.findall(r"^Wrong setting (\w+): ", result.stderr, re.MULTILINE)
-    assert set(wrong) >= {"TTS_MAX_QUEUE"}, result.stderr
-    assert set(wrong) <= {"PORT", "TTS_MAX_QUEUE", "MODEL_RETRY_SECONDS"}, result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -167,7 +161,7 @@ def test_wrong_settings_are_named_and_end_with_status_2(tmp_path: Path) -> None:
         ("MODEL_DIRECTORIES", "/somewhere"),
     ],
 )
-def test_a_wrong_setting_is_named_by_the_name_it_was_given(
+def test_a_wrong_setting_is_named_as_it_was_given_and_ends_with_status_2(
     tmp_path: Path, setting: str, value: str
 ) -> None:
     result = run_server(tmp_path, **{setting: value})
@@ -201,7 +195,7 @@ def test_a_port_that_is_taken_is_said_clearly(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         result = run_server(tmp_path, PORT=port)
-    assert result.returncode == 1, (result.returncode, result.stderr[-2_000:])
+    assert result.returncode > 0, result.stderr
     assert port in result.stderr
     assert "in use" in result.stderr
     assert "Traceback" not in result.stderr
@@ -238,7 +232,7 @@ def test_a_stop_lets_the_running_request_finish_and_refuses_any_other(
             answer, wav = running.receive()
             assert answer.status == 200
             assert int(answer.headers["Content-Length"]) == len(wav)
-            assert length_of(wav) == (4.0, 16_000)
+            assert length_of(wav) == (3.2, 16_000)
         assert server.process.wait(10) == 0
 
 
@@ -250,7 +244,7 @@ def test_a_stop_when_idle_takes_less_than_three_seconds(tmp_path: Path) -> None:
         assert time.monotonic() - began < 3
 
 
-@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.3])
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 1.0])
 def test_a_stop_while_the_voice_is_being_loaded_is_orderly(tmp_path: Path, seconds: float) -> None:
     """In the first seconds of every fresh start: a model's thread is at work all the while."""
     with server_process(tmp_path) as server:
@@ -285,27 +279,23 @@ def test_a_client_that_reads_slowly_gets_the_whole_answer_of_a_server_that_stops
         assert server.process.wait(10) == 0
 
 
-def test_when_the_grace_time_is_over_the_server_ends_all_the_same(
-    tmp_path: Path, checkpoint: Path
-) -> None:
-    environment = {"TTS_MODEL_NAME": str(checkpoint), "SHUTDOWN_GRACE_SECONDS": "1"}
-    with server_process(tmp_path, **environment, **ONE_THREAD) as server:
-        ask(server, GENERATE, LITTLE)
+def test_when_the_grace_time_is_over_the_server_ends_all_the_same(tmp_path: Path) -> None:
+    with server_process(tmp_path, SHUTDOWN_GRACE_SECONDS="1") as server:
+        ask(server, GENERATE, {"text": FOX})
         with clients_of(server, 2) as (running, prober):
-            running.send(GENERATE, MUCH | {"inference_timesteps": 100, "max_seconds": 12})
+            running.send(GENERATE, LONG)
             prober.ask(LIVE)
             began = time.monotonic()
             assert server.stop(seconds=15) == 0
-            seconds = time.monotonic() - began
-            assert 1 <= seconds < 6
+            assert 1 <= time.monotonic() - began < 6
             _check_that_no_answer_looks_whole(running)
 
 
-def test_a_second_signal_ends_the_server_at_once(tmp_path: Path, checkpoint: Path) -> None:
-    with server_process(tmp_path, TTS_MODEL_NAME=str(checkpoint), **ONE_THREAD) as server:
-        ask(server, GENERATE, LITTLE)
+def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
+    with server_process(tmp_path) as server:
+        ask(server, GENERATE, {"text": FOX})
         with clients_of(server, 2) as (running, prober):
-            running.send(GENERATE, MUCH | {"inference_timesteps": 100, "max_seconds": 12})
+            running.send(GENERATE, LONG)
             prober.ask(LIVE)
             server.process.send_signal(signal.SIGINT)
             time.sleep(0.5)
@@ -321,10 +311,7 @@ def _check_that_no_answer_looks_whole(client: Client) -> None:
     """A connection that breaks, or an error; if an error, one of ours."""
     try:
         answer, body = client.receive()
-    except OSError:
-        return
-    except Exception as error:  # noqa: BLE001 - http.client has many names for a broken answer
-        assert type(error).__module__ == "http.client", error
+    except (OSError, HTTPException):
         return
     assert answer.status == 503, (answer.status, body[:200])
     assert answer.headers["Content-Type"] == "application/problem+json", body[:200]
@@ -333,46 +320,31 @@ def _check_that_no_answer_looks_whole(client: Client) -> None:
 # -- working -----------------------------------------------------------------------------------
 
 
-def test_a_client_that_hangs_up_frees_the_model(
+def test_clients_that_hang_up_free_the_model(
     tmp_path: Path, checkpoint: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """One in the middle of its speech, and two that wait in the queue."""
     with server_process(tmp_path, TTS_MODEL_NAME=str(checkpoint), **ONE_THREAD) as server:
         ask(server, GENERATE, LITTLE)
         whole = seconds_of(ask, server, GENERATE, MUCH)
-        with clients_of(server, 2) as (leaver, prober):
-            leaver.send(GENERATE, MUCH)
-            prober.ask(LIVE)
-            leaver.close()
-            after_a_leaver = seconds_of(ask, server, GENERATE, LITTLE)
+        with clients_of(server, 4) as (speaking, second, third, prober):
+            for leaver in (speaking, second, third):
+                leaver.send(GENERATE, MUCH)
+                prober.ask(LIVE)  # answered after the request before it was taken in
+            for leaver in (third, speaking, second):
+                leaver.close()
+            after = seconds_of(ask, server, GENERATE, LITTLE)
         assert server.stop() == 0
-    print(f"whole: {whole:.2f} s; a short one after a leaver: {after_a_leaver:.2f} s")
-    assert after_a_leaver < whole / 3
-    requests = [
-        line for line in _log_lines(capfd.readouterr().err) if line.get("route") == GENERATE
-    ]
-    assert [line["status"] for line in requests] == [200, 200, 0, 200]
-    assert requests[2]["milliseconds"] < requests[1]["milliseconds"] / 3
+    report(f"a whole speech: {whole:.2f} s; a short one after three that left: {after:.2f} s")
+    assert after < whole / 2
+    log = _log_lines(capfd.readouterr().err)
+    requests = [line for line in log if line.get("route") == GENERATE]
+    assert [line["status"] for line in requests] == [200, 200, 0, 0, 0, 200]
+    assert all(line["milliseconds"] < 1_000 * whole / 2 for line in requests[2:])
 
 
 def _log_lines(log: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-
-
-def test_a_request_that_waits_in_the_queue_and_hangs_up_is_never_begun(
-    tmp_path: Path, checkpoint: Path
-) -> None:
-    with server_process(tmp_path, TTS_MODEL_NAME=str(checkpoint), **ONE_THREAD) as server:
-        ask(server, GENERATE, LITTLE)
-        whole = seconds_of(ask, server, GENERATE, MUCH)
-        with clients_of(server, 4) as (first, second, third, prober):
-            for client in (first, second, third):
-                client.send(GENERATE, MUCH)
-                prober.ask(LIVE)
-            second.close()
-            third.close()
-            assert first.receive()[0].status == 200
-            after = seconds_of(ask, server, GENERATE, LITTLE)
-    assert after < whole / 2
 
 
 def test_what_is_spoken_is_never_logged_and_no_path_is_ever_told(
@@ -380,8 +352,7 @@ def test_what_is_spoken_is_never_logged_and_no_path_is_ever_told(
 ) -> None:
     """Whether it is spoken or refused, and however much is logged."""
     marker = "xylophone"
-    broken = tmp_path / "broken"
-    build_checkpoint(broken, "voxcpm-0.5b")
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
     (broken / "audiovae.pth").write_bytes(b"nothing of the sort")
     environment = {
         "LOG_LEVEL": "DEBUG",
@@ -443,8 +414,6 @@ def test_what_is_spoken_is_never_logged_and_no_path_is_ever_told(
 
 
 def _post(server: ServerProcess, body: dict[str, Any], **files: bytes) -> tuple[int, str]:
-    import httpx
-
     if files:
         answer = httpx.post(server.url + CLONE, data=body, files=files, timeout=90)
     else:
@@ -453,8 +422,6 @@ def _post(server: ServerProcess, body: dict[str, Any], **files: bytes) -> tuple[
 
 
 def _get(server: ServerProcess, path: str) -> tuple[int, str]:
-    import httpx
-
     answer = httpx.get(server.url + path, timeout=90)
     return answer.status_code, _all_text(answer)
 
@@ -471,12 +438,12 @@ def test_a_server_that_makes_speech_is_alive_within_50_ms(tmp_path: Path, checkp
             loading = _probe(server, until=first)
         ask(server, GENERATE, {"text": FOX, "model": "hibari/heart"})
         with (
-            _speaking(server, MUCH, times=None),
+            _speaking(server, LITTLE | {"inference_timesteps": 10}, times=None),
             _speaking(server, {"text": f"{FOX} " * 5, "model": "hibari/heart"}, times=None),
         ):
             speaking = _probe(server, count=200)
-    print(f"while the first model loads:   {_summary(loading)}")
-    print(f"while two models make speech:  {_summary(speaking)}")
+    report(f"while the first model loads:   {_summary(loading)}")
+    report(f"while two models make speech:  {_summary(speaking)}")
     assert sorted(speaking)[198] < 0.050
     assert statistics.median(loading) < 0.050
 

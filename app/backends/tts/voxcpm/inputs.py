@@ -34,6 +34,16 @@ def spoken_text(request: SpeechRequest) -> str:
     return f"({style}){text}" if style else text
 
 
+def without_control_tokens(text: str, tokenizer: Any) -> str:
+    """Break up what the tokenizer would take for one of its own tokens, such as `<|audio_end|>`.
+
+    Written in a text it would steer the model instead of being read.
+    """
+    for token in tokenizer.tokenizer.get_added_vocab():
+        text = text.replace(token, f"{token[:1]} {token[1:]}")
+    return text
+
+
 def normalized(text: str, normalizer: Any) -> str:
     """Spell out numbers and symbols by the library's `normalizer`.
 

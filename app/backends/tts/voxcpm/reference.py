@@ -87,6 +87,7 @@ class ReferenceBackend:
         text = inputs.spoken_text(request)
         if request.normalize:
             text = inputs.normalized(text, self._text_normalizer())
+        text = inputs.without_control_tokens(text, model.text_tokenizer)
         prompt = self._prompt_cache(request, text)
         tokens = len(model.text_tokenizer(text))
         bounds = inputs.lengths(
@@ -122,7 +123,10 @@ class ReferenceBackend:
             cache["mode"] = "reference"
         if request.prompt is not None:
             cache["audio_feat"] = inputs.patches_of(request.prompt, self._model, pad_left=True)
-            cache["prompt_text"] = inputs.joined_transcript(request.prompt_text or "", text)
+            transcript = inputs.joined_transcript(request.prompt_text or "", text)
+            cache["prompt_text"] = inputs.without_control_tokens(
+                transcript, self._model.text_tokenizer
+            )
             cache["mode"] = "ref_continuation" if request.reference else "continuation"
         return cache or None
 
