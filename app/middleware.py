@@ -196,42 +196,16 @@ class CancelOnDisconnect:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        give_up_at = asyncio.get_running_loop().time() + self._max_body_seconds
-        body_read = asyncio.Event()
-        gone = asyncio.Event()
+        connection = _Connection(receive, send, self._max_body_seconds)
 
-        async def receive_body() -> Message:
-            if body_read.is_set():
-                await gone.wait()
-                return {"type": "http.disconnect"}
-            try:
-                async with asyncio.timeout_at(give_up_at):
-                    message = await receive()
-            except TimeoutError:
-                seconds = f"{self._max_body_seconds:g}"
-                raise DeadlineExceededError(f"The body took over {seconds} seconds.") from None
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                body_read.set()
-            return message
+        async def run() -> None:
+            await self._app(scope, connection.receive, connection.send)
 
-        async def watch() -> None:
-            await body_read.wait()
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            gone.set()
-
-        answered = False
-
-        async def send_answer(message: Message) -> None:
-            nonlocal answered
-            await send(message)
-            answered = message["type"] == "http.response.body" and not message.get("more_body")
-
-        work = asyncio.create_task(self._run(scope, receive_body, send_answer))
-        watcher = asyncio.create_task(watch())
+        work = asyncio.create_task(run())
+        watcher = asyncio.create_task(connection.wait_until_client_left())
         try:
             await asyncio.wait({work, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if not answered:
+            if not connection.answered:
                 work.cancel("the client has gone")
             await asyncio.wait({work})  # after the answer it still tidies up
         finally:
@@ -240,5 +214,42 @@ class CancelOnDisconnect:
         if not work.cancelled():
             work.result()
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
+
+class _Connection:
+    """One request's messages, seen on their way: when the body ends, and when the answer does."""
+
+    def __init__(self, receive: Receive, send: Send, max_body_seconds: float) -> None:
+        self._receive = receive
+        self._send = send
+        self._max_body_seconds = max_body_seconds
+        self._give_up_at = asyncio.get_running_loop().time() + max_body_seconds
+        self._body_read = asyncio.Event()
+        self._client_left = asyncio.Event()
+        self.answered = False
+
+    async def receive(self) -> Message:
+        """For the application: the body, then nothing until the client has left."""
+        if self._body_read.is_set():
+            await self._client_left.wait()
+            return {"type": "http.disconnect"}
+        try:
+            async with asyncio.timeout_at(self._give_up_at):
+                message = await self._receive()
+        except TimeoutError:
+            seconds = f"{self._max_body_seconds:g}"
+            raise DeadlineExceededError(f"The body took over {seconds} seconds.") from None
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            self._body_read.set()
+        return message
+
+    async def send(self, message: Message) -> None:
+        """For the application: its answer."""
+        await self._send(message)
+        self.answered = message["type"] == "http.response.body" and not message.get("more_body")
+
+    async def wait_until_client_left(self) -> None:
+        """Until the connection is closed; the application alone reads before the body's end."""
+        await self._body_read.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._client_left.set()

@@ -37,7 +37,7 @@ _HEADERS = {
 }
 _AUDIO: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "A WAV file: 16-bit, mono, at the model's own sample rate unless `sample_rate` asks for another.",
+        "description": "A WAV file: 16-bit, mono, at `sample_rate` or the model's own rate.",
         "content": {"audio/wav": {"schema": {"type": "string", "format": "binary"}}},
         "headers": {
             name: {"description": text, "schema": {"type": "string"}}

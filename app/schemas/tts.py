@@ -9,7 +9,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 from app.domain.speech import SpeechRequest
 from app.services.tts_service import SpeechAnswer, VoiceUploads
 
-
 _EXAMPLE_TEXT = "The quick brown fox jumps over the lazy dog."
 
 
