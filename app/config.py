@@ -60,7 +60,9 @@ class SpeechSettings(BaseSettings):
         32, ge=0, description="Requests that may wait for one model; beyond it the answer is 429."
     )
     request_timeout_seconds: float = Field(
-        300.0, gt=0, description="From arrival to the finished audio; beyond it the answer is 504."
+        300.0,
+        gt=0,
+        description="For receiving a request, and again for answering it; beyond it: 504.",
     )
     device: str = Field(
         "auto", description="Torch device of VoxCPM: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`."
@@ -153,8 +155,9 @@ class Settings(BaseSettings):
     shutdown_grace_seconds: float = Field(
         30.0, ge=0, description="On SIGTERM, how long running requests may take to finish."
     )
-    tts: SpeechSettings = Field(default_factory=SpeechSettings)
-    models: ModelSettings = Field(default_factory=ModelSettings)
+    # NoDecode: variables that happen to be called TTS or MODELS are somebody else's.
+    tts: Annotated[SpeechSettings, NoDecode] = Field(default_factory=SpeechSettings)
+    models: Annotated[ModelSettings, NoDecode] = Field(default_factory=ModelSettings)
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -165,6 +168,8 @@ class Settings(BaseSettings):
     @classmethod
     def _one_leading_slash(cls, value: str) -> str:
         path = value.strip().strip("/")
+        if path.split("/")[0] in {"api", "docs", "health", "openapi.json", "redoc"}:
+            raise ValueError("must not begin like a path of this server")
         return f"/{path}" if path else ""
 
 

@@ -53,12 +53,10 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app)
     app.include_router(health.router)
     app.include_router(models.router)
-    # Two recordings, and the text fields and separators around them.
-    max_body_bytes = 2 * settings.tts.max_upload_bytes + 2**20
-    app.include_router(tts.create_router(max_body_bytes=max_body_bytes))
+    app.include_router(tts.create_router(settings.tts))
     # Each is wrapped around those before it: the last one is the outermost.
     app.add_middleware(CancelOnDisconnect, max_body_seconds=settings.tts.request_timeout_seconds)
-    app.add_middleware(BodyLimitProblem, max_body_bytes=max_body_bytes)
+    app.add_middleware(BodyLimitProblem)
     app.add_middleware(Draining, in_flight=app.state.in_flight)
     app.add_middleware(RequestContext)
     app.add_middleware(RootPath)

@@ -13,6 +13,7 @@ from time import perf_counter
 from traceback import format_tb
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.body_limit import MAX_BODY_SIZE_SCOPE_KEY
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import (
@@ -40,7 +41,7 @@ class RootPath:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the request with its full path."""
-        root_path = scope.get("root_path", "")
+        root_path = scope.get("root_path", "") if scope["type"] != "lifespan" else ""
         if root_path and not f"{scope['path']}/".startswith(f"{root_path}/"):
             scope = {**scope, "path": root_path + scope["path"]}
         await self._app(scope, receive, send)
@@ -72,6 +73,12 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # Only uvicorn cancels here: the grace time is over.
+            if status:
+                raise
+            late = ShuttingDownError("The server stopped too early.", retry_after_seconds=5)
+            await problem_response(late, scope)(scope, receive, send_with_id)
         except Exception as surprise:
             # The last resort for what nobody foresaw. Once bytes have left, only breaking the
             # connection tells the client that they are not the whole answer. A library may quote
@@ -155,9 +162,8 @@ class Draining:
 class BodyLimitProblem:
     """FastAPI's body limit answers in plain text; this gives it the shape of every other error."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._detail = f"body: must not exceed {max_body_bytes} bytes."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the request, and replace the body limit's answer."""
@@ -170,7 +176,9 @@ class BodyLimitProblem:
             nonlocal replaced
             if message["type"] == "http.response.start" and _is_plain_413(message):
                 replaced = True
-                response = problem_response(PayloadTooLargeError(self._detail), scope)
+                limit = scope[MAX_BODY_SIZE_SCOPE_KEY]
+                error = PayloadTooLargeError(f"body: must not exceed {limit} bytes.")
+                response = problem_response(error, scope)
                 response.headers["Connection"] = "close"  # the rest of the body is not read
                 await response(scope, receive, send)
             elif not replaced:

@@ -37,6 +37,7 @@ _FRAMEWORK: dict[int, AppError] = {
 }
 # `openapi_schemas` puts what this refers to into the document.
 _SCHEMA = {"$ref": "#/components/schemas/Problem"}
+_MOST_ERRORS = 20
 _LIMITS = ("max_length", "min_length", "ge", "gt", "le", "lt", "max_digits")
 
 
@@ -104,12 +105,14 @@ def _example(error: type[AppError]) -> dict[str, Any]:
 
 async def _on_app_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AppError)
+    if error.status == 500:
+        logger.error("internal error", extra={"detail": error.detail})
     return problem_response(error, request.scope)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    fields = tuple(_field_error(one) for one in error.errors())
+    fields = tuple(_field_error(one) for one in error.errors()[:_MOST_ERRORS])
     detail = "; ".join(f"{one.field}: {one.message}" for one in fields)
     return problem_response(ValidationError(detail, errors=fields), request.scope)
 

@@ -1,7 +1,7 @@
 """What the process owns while it serves: opened together, closed together, in one exit stack."""
 
-import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from app.services.downloads import Downloads
 from app.services.model_loader import LoaderLimits, ModelLoader
 from app.stores.weights import WeightStore
 
-_DECODERS = 2
+_DECODER_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Resources:
     settings: Settings
     models: ModelLoader
     admission: Admission
-    decoding: asyncio.Semaphore  # uploads being decoded at once
+    decoders: Executor  # threads that decode uploads; few, for hostile files cost memory
 
 
 @asynccontextmanager
@@ -36,15 +36,16 @@ async def open_resources(settings: Settings) -> AsyncIterator[Resources]:
         models = _model_loader(settings)
         stack.push_async_callback(models.close)
         models.start(preload=settings.models.preload)
-        yield Resources(
-            settings, models, Admission(settings.tts.max_queue), asyncio.Semaphore(_DECODERS)
-        )
+        decoders = ThreadPoolExecutor(_DECODER_THREADS, thread_name_prefix="decoder")
+        stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
+        yield Resources(settings, models, Admission(settings.tts.max_queue), decoders)
 
 
 def _model_loader(settings: Settings) -> ModelLoader:
     options = TTSOptions(device=settings.tts.device, dtype=settings.tts.dtype)
     store = WeightStore(
-        settings.models.cache_dir, hub_timeout_seconds=settings.models.hub_timeout_seconds
+        settings.models.cache_dir.expanduser(),
+        hub_timeout_seconds=settings.models.hub_timeout_seconds,
     )
 
     def required_files(spec: ModelSpec) -> tuple[tuple[str, ...], ...]:

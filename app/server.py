@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+from math import ceil
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -76,6 +77,12 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self._in_flight.is_idle or monotonic() >= self._give_up_at
         return await super().on_tick(counter)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop; answers that are made but not yet sent have the rest of the grace time."""
+        left_seconds = (self._give_up_at or 0.0) - monotonic()
+        self.config.timeout_graceful_shutdown = max(1, ceil(left_seconds))
+        await super().shutdown(sockets)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then say where."""
         await super().startup(sockets)
@@ -109,7 +116,6 @@ def _uvicorn_config(settings: Settings, app: object) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=1,  # what is left then has outstayed the grace time
     )
 
 

@@ -52,14 +52,19 @@ class WorkerThread:
             if not result.done():
                 setter(value)
 
+        jobs = [job]
+
         def work() -> None:
             try:
                 cancellation.check()
-                value = job(cancellation)
+                value = jobs[0](cancellation)
             except WorkCancelledError:
                 return
-            except Exception as error:  # noqa: BLE001 - carried over to the caller
-                _call_soon(loop, deliver, result.set_exception, error)
+            except BaseException as error:  # noqa: BLE001 - carried over to the caller
+                # A future takes no StopIteration, and nothing may end the thread.
+                usual = isinstance(error, Exception) and not isinstance(error, StopIteration)
+                carried = error if usual else RuntimeError(type(error).__name__)
+                _call_soon(loop, deliver, result.set_exception, carried)
             else:
                 _call_soon(loop, deliver, result.set_result, value)
 
@@ -68,6 +73,7 @@ class WorkerThread:
             return await result
         finally:
             cancellation.cancel()
+            jobs.clear()  # the queue must not keep a job, and its recordings, for nobody
 
     async def close(self, *, timeout_seconds: float = 10.0) -> None:
         """Finish what is queued and end the thread; give up waiting after `timeout_seconds`."""
@@ -77,6 +83,7 @@ class WorkerThread:
     def _run(self) -> None:
         while (work := self._jobs.get()) is not None:
             work()
+            del work  # with it the last result, which may be large
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, *call: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form
 from fastapi.responses import Response
 
+from app.config import SpeechSettings
 from app.dependencies import AppResources
 from app.errors import (
     AudioRejectedError,
@@ -63,17 +64,22 @@ _UPLOAD_ERRORS = responses_for(
 )
 
 
-def create_router(*, max_body_bytes: int) -> APIRouter:
-    """The routes, with the body limit that the settings ask for."""
+def create_router(settings: SpeechSettings) -> APIRouter:
+    """The routes, with the body limits that the settings ask for."""
+    # A character may be 12 bytes of JSON (two \uXXXX).
+    max_json_bytes = 12 * settings.max_text_chars + 2**16
+    # Two recordings, and the text fields and separators around them.
+    max_form_bytes = 2 * settings.max_upload_bytes + max_json_bytes + 2**20
     router = APIRouter(
         prefix="/api/v1/text-to-speech",
         tags=["text to speech"],
-        max_body_size=max_body_bytes,
+        max_body_size=max_form_bytes,
         form_limits={"max_fields": 50, "max_files": 4, "max_part_size": 2**20},
     )
 
     @router.post(
         "/generate",
+        max_body_size=max_json_bytes,
         summary="Speak a text",
         response_class=Response,
         responses=_AUDIO | _ERRORS,
@@ -112,7 +118,7 @@ def create_router(*, max_body_bytes: int) -> APIRouter:
             models=resources.models,
             admission=resources.admission,
             settings=resources.settings.tts,
-            decoding=resources.decoding,
+            decoders=resources.decoders,
         )
         return audio_response(answer)
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import UploadFile
 from fastapi.responses import Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from app.domain.speech import SpeechRequest
 from app.services.tts_service import SpeechAnswer, VoiceUploads
@@ -82,6 +82,14 @@ class SpeechFields(BaseModel):
         None, ge=8_000, le=48_000, description="Rate of the answer in Hz; null is the model's own."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, data: Any) -> Any:
+        """Refuse a flood of unknown fields before an error is made of each."""
+        if isinstance(data, dict) and len(data) > 2 * len(cls.model_fields):
+            raise ValueError("has too many fields")
+        return data
+
     def to_request(self, **more: Any) -> SpeechRequest:
         """The domain request; a default that the caller did not send is left to the model."""
         values = self.model_dump(include=set(SpeechFields.model_fields))
@@ -123,7 +131,7 @@ class CloneForm(SpeechFields):
         description="A recording of the voice, 1 to 30 s: wav, mp3, flac, ogg, opus, m4a or webm. "
         "Send its transcript with it; models with reference cloning also take it without.",
     )
-    prompt_text: str | None = Field(
+    prompt_text: Annotated[str, AfterValidator(_not_blank)] | None = Field(
         None, min_length=1, description="Exactly what is said in `prompt_wav`."
     )
     reference_wav: UploadFile | None = Field(

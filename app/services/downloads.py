@@ -13,9 +13,16 @@ from pathlib import Path
 from time import monotonic
 
 from app.domain.models import EmbeddedSource, HubSource, ModelSpec
-from app.stores.weights import WeightsError, WeightsNotFoundError, WeightStore
+from app.stores.weights import (
+    HubUnreachableError,
+    WeightsError,
+    WeightsNotFoundError,
+    WeightStore,
+)
 
 logger = logging.getLogger(__name__)
+
+_LONGEST_PAUSE_SECONDS = 3_600.0
 
 RequiredFiles = Callable[[ModelSpec], tuple[tuple[str, ...], ...]]
 
@@ -29,6 +36,7 @@ class Download:
     total_bytes: int = 0
     reason: str | None = None
     has_failed: bool = False  # stays true until the weights are complete
+    failures: int = 0
     retry_at: float = 0.0
     task: asyncio.Task[None] | None = None
     retry_now: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,8 +87,10 @@ class Downloads:
         if directory is None:
             return 0
         groups = self._required_files(spec)
-        used = [next(f for name in group if (f := directory / name).exists()) for group in groups]
-        return sum(file.stat().st_size for file in used)
+        found = [
+            [directory / name for name in group if (directory / name).exists()] for group in groups
+        ]
+        return sum(files[0].stat().st_size for files in found if files)
 
     def of(self, spec: ModelSpec) -> Download:
         """How the model's download stands."""
@@ -99,6 +109,13 @@ class Downloads:
         if download.task is None or download.task.done():
             download.running = True
             download.task = asyncio.create_task(self._run(spec, download))
+        return download
+
+    def ensure(self, spec: ModelSpec) -> Download:
+        """See to it that there is a download, without hurrying one that waits for its next try."""
+        download = self.of(spec)
+        if not download.running and (download.reason is None or monotonic() >= download.retry_at):
+            self.start(spec)
         return download
 
     async def close(self) -> None:
@@ -125,11 +142,19 @@ class Downloads:
                 return
             finally:
                 download.running = False
-            await _either(download.retry_now, self._retry_seconds)
+            await _either(download.retry_now, download.retry_at - monotonic())
+            if self.on_disk(spec):  # somebody brought them meanwhile
+                download.reason, download.has_failed = None, False
+                return
 
     def _note_failure(self, spec: ModelSpec, download: Download, error: WeightsError) -> None:
         download.reason, download.has_failed = error.reason, True
-        download.retry_at = monotonic() + self._retry_seconds
+        download.failures += 1
+        pause_seconds = self._retry_seconds
+        if not isinstance(error, HubUnreachableError):
+            # Bytes were transferred for nothing: do that ever more rarely.
+            pause_seconds = min(_LONGEST_PAUSE_SECONDS, pause_seconds * 2**download.failures)
+        download.retry_at = monotonic() + pause_seconds
         logger.warning("model download failed", extra={"model": spec.name, "reason": error.reason})
 
 

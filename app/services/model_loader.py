@@ -152,7 +152,7 @@ class ModelLoader:
                     raise
         except TimeoutError:
             raise ModelLoadingError(
-                "The model is still loading.", retry_after_seconds=_ASK_AGAIN_SECONDS
+                "The model is not ready yet.", retry_after_seconds=_ASK_AGAIN_SECONDS
             ) from None
         try:
             yield backend
@@ -168,7 +168,7 @@ class ModelLoader:
     async def _loaded(self, entry: _Entry) -> TTSBackend:
         """Wait for the one load of this model, which this begins if nobody has."""
         if self._closed:
-            raise ShuttingDownError("The server is shutting down.")
+            raise ShuttingDownError("The server is shutting down.", retry_after_seconds=5)
         if entry.loading is None:
             self._require_no_recent_failure(entry)
             self._begin_load(entry)
@@ -208,7 +208,7 @@ class ModelLoader:
         """Fetch and load the model in the background, at once even after a failure."""
         spec = self.catalog.spec(name)
         entry = self._entries.setdefault(name, _Entry(spec))
-        entry.retry_at = 0.0
+        entry.reason, entry.retry_at = None, 0.0
         if not self.downloads.on_disk(spec):
             self.downloads.start(spec)
         if not self.is_preparing(name):
@@ -239,9 +239,7 @@ class ModelLoader:
         entry.loading = asyncio.create_task(self._load_into(entry))
 
     def _not_on_disk(self, spec: ModelSpec) -> ModelLoadingError | ModelUnavailableError:
-        download = self.downloads.of(spec)
-        if not download.running and (download.reason is None or monotonic() >= download.retry_at):
-            self.downloads.start(spec)
+        download = self.downloads.ensure(spec)
         if download.reason:
             return ModelUnavailableError(
                 f"The model's weights cannot be had: {download.reason}. "
@@ -262,11 +260,11 @@ class ModelLoader:
             entry.backend = await self._load(spec, self.downloads.locate(spec))
             await self._evict_down_to_budget()  # its true size is known only now
         except BackendLoadError as error:
-            self._note_failure(entry, error.reason)
-        except Exception:
+            self._note_failure(entry, error.reason, cause=error.__cause__)
+        except Exception as error:  # noqa: BLE001
             # Model libraries raise anything on a damaged checkpoint or a full memory.
-            logger.exception("model failed to load", extra={"model": spec.name})
-            self._note_failure(entry, "it could not be loaded; the server's log says why")
+            reason = "it could not be loaded; the server's log says why"
+            self._note_failure(entry, reason, cause=error)
         else:
             entry.last_used = monotonic()
             seconds = round(monotonic() - began, 3)
@@ -275,10 +273,12 @@ class ModelLoader:
             entry.reserved_bytes = 0
             entry.loading = None
 
-    def _note_failure(self, entry: _Entry, reason: str) -> None:
+    def _note_failure(self, entry: _Entry, reason: str, *, cause: BaseException | None) -> None:
         entry.reason = reason
         entry.retry_at = monotonic() + self._limits.retry_seconds
-        logger.warning("model not loaded", extra={"model": entry.spec.name, "reason": reason})
+        logger.warning(
+            "model not loaded", extra={"model": entry.spec.name, "reason": reason}, exc_info=cause
+        )
 
     async def _make_room(self, entry: _Entry) -> None:
         """Unload others until this model, as large as its files, fits into the memory budget."""
@@ -316,6 +316,8 @@ class ModelLoader:
     async def unload(self, name: str) -> ModelStatus:
         """Take the model out of memory once its leases end; waits for that for a moment only."""
         entry = self._entries.get(self.catalog.spec(name).name)
+        if (wanted := self._wanted.pop(name, None)) is not None:
+            wanted.cancel()  # a load that was asked for and still waits for its download
         if entry and (entry.backend or entry.loading):
             await asyncio.wait({self._begin_unload(entry)}, timeout=_UNLOAD_PATIENCE_SECONDS)
         elif entry:
@@ -336,12 +338,12 @@ class ModelLoader:
                 await asyncio.wait({entry.loading})
             if entry.leases:
                 await entry.free.wait()
-            backend, entry.backend = entry.backend, None
-            if backend:
-                await backend.close()
+            if entry.backend:
+                await entry.backend.close()
                 logger.info("model unloaded", extra={"model": entry.spec.name})
         finally:
-            entry.unloading = None
+            # Both at once, and only now: until it is closed it takes its memory.
+            entry.backend = entry.unloading = None
 
     async def _watch_idle(self, idle_timeout_seconds: float) -> None:
         while True:

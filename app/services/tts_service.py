@@ -1,15 +1,17 @@
 """Text to speech and voice cloning: from a request to WAV bytes.
 
-Everything touched is an argument. The order is: judge the request, take a place in the model's
-queue, lease the model, speak, encode; all within one deadline.
+Everything touched is an argument. The order is: choose the model, take a place in its queue, decode
+recordings, judge the request, lease the model, speak, encode; all within one deadline.
 """
 
 import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -74,8 +76,11 @@ async def synthesize(
     Raises a ValidationError, ModelNotFoundError, QueueFullError, ModelLoadingError,
     ModelUnavailableError or DeadlineExceededError.
     """
+    _check_text_length(request, settings)
+    name, fallback = _choose_model(request, models)
     async with _deadline(settings.request_timeout_seconds):
-        return await _speak(request, models=models, admission=admission, settings=settings)
+        with admission.enter(name):
+            return await _speak(request, name, fallback, models)
 
 
 async def clone(
@@ -85,41 +90,44 @@ async def clone(
     models: ModelLoader,
     admission: Admission,
     settings: SpeechSettings,
-    decoding: asyncio.Semaphore,
+    decoders: Executor,
 ) -> SpeechAnswer:
-    """Speak a text in the voice of a recording.
+    """Speak a text in the voice of a recording; no other model ever stands in.
 
     Raises what `synthesize` raises, and for the recordings PayloadTooLargeError,
     UnsupportedMediaTypeError and AudioRejectedError.
     """
+    _check_text_length(request, settings)
     if uploads.prompt_wav is None and uploads.reference_wav is None:
         raise ValidationError.of_field("prompt_wav", "a recording of the voice is required")
     if request.prompt_text is not None and uploads.prompt_wav is None:
         raise ValidationError.of_field("prompt_text", "is the transcript of prompt_wav; send both")
+    name = models.catalog.spec(request.model or models.catalog.default_name).name
     async with _deadline(settings.request_timeout_seconds):
-        async with decoding:  # hostile files cost memory; only so many at once
-            prompt = await _decoded(uploads.prompt_wav, "prompt_wav", settings)
-            reference = await _decoded(uploads.reference_wav, "reference_wav", settings)
-        request = replace(request, prompt=prompt, reference=reference)
-        return await _speak(request, models=models, admission=admission, settings=settings)
+        with admission.enter(name):
+            request = replace(
+                request,
+                prompt=await _decoded(uploads.prompt_wav, "prompt_wav", settings, decoders),
+                reference=await _decoded(
+                    uploads.reference_wav, "reference_wav", settings, decoders
+                ),
+            )
+            return await _speak(request, name, None, models)
 
 
 async def _speak(
-    request: SpeechRequest, *, models: ModelLoader, admission: Admission, settings: SpeechSettings
+    request: SpeechRequest, name: str, fallback: Fallback | None, models: ModelLoader
 ) -> SpeechAnswer:
-    _check_text_length(request, settings)
-    name, fallback = _choose_model(request, models)
     capabilities = models.capabilities(name)
     if capabilities is not None:
         request = _as_this_model_takes_it(request, capabilities)
         speech_rules.check(request, capabilities)
     seed = request.seed if request.seed is not None else secrets.randbits(32)
-    with admission.enter(name):
-        began = perf_counter()
-        async with models.lease(name) as backend:
-            leased = perf_counter()
-            speech = await backend.synthesize(replace(request, seed=seed))
-        spoken = perf_counter()
+    began = perf_counter()
+    async with models.lease(name) as backend:
+        leased = perf_counter()
+        speech = await backend.synthesize(replace(request, seed=seed))
+    spoken = perf_counter()
     speech = await asyncio.to_thread(_at_sample_rate, speech, request.sample_rate)
     wav = await asyncio.to_thread(wav_bytes, speech.samples, speech.sample_rate_hz)
     return SpeechAnswer(
@@ -149,6 +157,7 @@ def _choose_model(request: SpeechRequest, models: ModelLoader) -> tuple[str, Fal
     stand_in = models.capabilities(catalog.fallback_name)
     if stand_in is None or not speech_rules.can_honour(request, stand_in):
         return default.spec.name, None  # leasing it says what is the matter
+    models.downloads.ensure(default.spec)
     fallback = Fallback(default.spec.name, _why_missing(default))
     logger.warning(
         "another model stands in for the default",
@@ -185,12 +194,15 @@ def _check_text_length(request: SpeechRequest, settings: SpeechSettings) -> None
             )
 
 
-async def _decoded(data: bytes | None, field: str, settings: SpeechSettings) -> Clip | None:
+async def _decoded(
+    data: bytes | None, field: str, settings: SpeechSettings, decoders: Executor
+) -> Clip | None:
     if data is None:
         return None
     if len(data) > settings.max_upload_bytes:
         raise PayloadTooLargeError(f"{field}: must not exceed {settings.max_upload_bytes} bytes.")
-    return await asyncio.to_thread(decode_clip, data, field=field, limits=ClipLimits())
+    work = partial(decode_clip, data, field=field, limits=ClipLimits())
+    return await asyncio.get_running_loop().run_in_executor(decoders, work)
 
 
 def _at_sample_rate(speech: Speech, sample_rate_hz: int | None) -> Speech:

@@ -325,9 +325,13 @@ def test_an_unknown_model_is_not_found(bare: Running) -> None:
 
 
 def test_a_body_over_the_limit_is_refused(tmp_path: Path) -> None:
-    settings = make_settings(tmp_path, tts={"max_upload_bytes": 1_024})
+    settings = make_settings(tmp_path, tts={"max_text_chars": 100})
     with serving(settings) as server:
         response = server.client.post(GENERATE, content=b" " * (2**20 + 4_096))
         assert response.status_code == 413
         assert response.json()["type"] == "payload-too-large"
-        assert str(2 * 1_024 + 2**20) in response.json()["detail"]
+        assert str(12 * 100 + 2**16) in response.json()["detail"]
+        flood = {"text": "Hi.", **{f"k{n}": 1 for n in range(3_000)}}
+        many = server.client.post(GENERATE, json=flood)
+        assert many.status_code == 400
+        assert len(many.json()["errors"]) == 1

@@ -103,9 +103,7 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
     if not found:
         if os.environ.get("BAWABAH_REQUIRE_BROWSER") == "1":
             pytest.fail("no Chromium on this machine, and BAWABAH_REQUIRE_BROWSER=1")
-        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-        if reporter:
-            reporter.write_line("\nNO CHROMIUM HERE: the browser's tests are skipped", red=True)
+        _say_loudly(request.config, "NO CHROMIUM HERE: the tests in a browser are skipped")
         pytest.skip("no Chromium on this machine (apt-get install chromium)")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -113,6 +111,16 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
         )
         yield browser
         browser.close()
+
+
+def _say_loudly(config: pytest.Config, text: str) -> None:
+    """One line in the terminal, whatever pytest was told to show."""
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    assert capture
+    assert reporter
+    with capture.global_and_fixture_disabled():
+        reporter.write_line(f"\n{text}", red=True, bold=True)
 
 
 @contextmanager

@@ -51,9 +51,11 @@ class HibariBackend:
         thread = WorkerThread(spec.name)
         try:
             return cls(await thread.run(_load_engine), thread)
-        except ImportError as error:
+        except BaseException as error:
             await thread.close()
-            raise BackendLoadError("the hibari-tts package is not installed") from error
+            if isinstance(error, ImportError):
+                raise BackendLoadError("the hibari-tts package is not installed") from error
+            raise
 
     async def synthesize(self, request: SpeechRequest) -> Speech:
         """Speak English text at 24 kHz."""

@@ -90,7 +90,7 @@ def lengths(request: SpeechRequest, layout: Layout, *, tokens: int, prefill: int
     ratio = request.retry_badcase_ratio_threshold or RETRY_RATIO
     if least >= tokens * ratio:  # asked for by the caller, so no bad case
         ratio = (least + 1) / tokens
-    most = MAX_LEN
+    most = max(MAX_LEN, least)
     if request.max_seconds is not None:
         most = max(1, floor(request.max_seconds / layout.patch_seconds + 1e-9))
     # The library may stop once it has made min_len + 2 patches.

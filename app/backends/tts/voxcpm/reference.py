@@ -5,6 +5,8 @@ decoder, which runs once a step, raises when the caller has gone.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,6 +21,24 @@ from app.domain.speech import Speech, SpeechRequest
 # The library draws its noise from torch's global generator. Two models in one process take turns,
 # or each would change what the other says.
 _NOISE = threading.Lock()
+
+
+@contextmanager
+def _turn(caller: Cancellation) -> Iterator[None]:
+    """Hold the global generator; a caller who leaves while another model has it stops waiting."""
+    while not _NOISE.acquire(timeout=0.05):
+        caller.check()
+    try:
+        yield
+    finally:
+        _NOISE.release()
+
+
+def _warm_up(model: LibraryModel) -> None:
+    """Two steps, so that the first request does not pay for what torch prepares on first use."""
+    model.generate_with_prompt_cache(
+        target_text="Ready.", prompt_cache=None, max_len=2, inference_timesteps=2
+    )
 
 
 class ReferenceBackend:
@@ -52,8 +72,11 @@ class ReferenceBackend:
         layout = read_layout(directory)
         thread = WorkerThread(spec.name)
 
-        def job(_: Cancellation) -> LibraryModel:
-            return load_model(directory, device=options.device, dtype=options.dtype)
+        def job(caller: Cancellation) -> LibraryModel:
+            with _turn(caller):  # random initial weights are drawn from the same generator
+                model = load_model(directory, device=options.device, dtype=options.dtype)
+                _warm_up(model)
+                return model
 
         try:
             return cls(await thread.run(job), layout, thread)
@@ -74,13 +97,17 @@ class ReferenceBackend:
         import torch
 
         model = self._model
-        hook = model.feat_decoder.register_forward_pre_hook(lambda *_: caller.check())
+        vae = model.audio_vae
+        # The decoder runs once a step; the autoencoder's layers, before and after all steps.
+        steps = [model.feat_decoder, *vae.encoder.modules(), *vae.decoder.modules()]
+        hooks = [one.register_forward_pre_hook(lambda *_: caller.check()) for one in steps]
         try:
-            with _NOISE, torch.inference_mode():
+            with _turn(caller), torch.inference_mode():
                 torch.manual_seed(request.seed or 0)
                 return self._generate(request)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _generate(self, request: SpeechRequest) -> Speech:
         model, layout = self._model, self._layout
@@ -105,7 +132,8 @@ class ReferenceBackend:
             retry_badcase_max_times=request.retry_badcase_max_times or inputs.RETRY_ATTEMPTS,
             retry_badcase_ratio_threshold=bounds.ratio,
         )
-        if patches.shape[0] >= bounds.room:
+        bound = bounds.room if request.max_seconds is not None else bounds.max_len
+        if patches.shape[0] >= bound:
             raise inputs.too_long(layout)  # cut off in the middle of the text
         return Speech(
             samples.squeeze(0).numpy(),
