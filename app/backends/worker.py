@@ -52,7 +52,10 @@ class WorkerThread:
             if not result.done():
                 setter(value)
 
+        # In a list that can be cleared: the queue must not keep a job, and its recordings, for a
+        # caller who has left.
         jobs = [job]
+        del job
 
         def work() -> None:
             try:
@@ -73,7 +76,7 @@ class WorkerThread:
             return await result
         finally:
             cancellation.cancel()
-            jobs.clear()  # the queue must not keep a job, and its recordings, for nobody
+            jobs.clear()
 
     async def close(self, *, timeout_seconds: float = 10.0) -> None:
         """Finish what is queued and end the thread; give up waiting after `timeout_seconds`."""

@@ -1,10 +1,12 @@
 """Models over HTTP: listing, loading, unloading, and downloads from a stand-in hub."""
 
+import shutil
 import time
 from pathlib import Path
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.servers import Running, make_settings, server_process, serving
 from tests.stand_in_hub import StandInHub
@@ -129,6 +131,32 @@ def test_a_hub_that_comes_back_is_used_and_readiness_never_drops(
         assert say(server, max_seconds=0.5).headers["x-model"] == DEFAULT
 
 
+def put_on_disk(cache: Path, checkpoint: Path, repository: str) -> None:
+    """Lay a checkpoint out as the hub's client does."""
+    place = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(checkpoint, place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+
+
+def test_weights_brought_by_hand_are_taken_up(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    settings = make_settings(tmp_path, models={"download_retry_seconds": 0.2})
+    path = "/api/v1/models/openbmb/VoxCPM2"
+    with serving(settings) as server:
+        assert server.client.post(f"{path}/load").status_code == 202
+        server.wait_until(path, lambda answer: answer.json()["reason"])
+        put_on_disk(tmp_path, checkpoints["voxcpm2"], "openbmb/VoxCPM2")
+        server.wait_until(path, lambda answer: answer.json()["state"] == "ready")
+
+
+def test_unloading_calls_off_a_load_that_waits_for_its_download(tmp_path: Path) -> None:
+    path = "/api/v1/models/openbmb/VoxCPM2"
+    with serving(make_settings(tmp_path)) as server:
+        server.client.post(f"{path}/load")
+        assert server.client.post(f"{path}/unload").status_code == 200
+        assert server.client.get(path).json()["state"] in {"downloading", "failed"}
+
+
 def test_a_killed_server_resumes_its_download_and_fetches_nothing_twice(
     tmp_path: Path, hub: StandInHub
 ) -> None:
@@ -164,10 +192,6 @@ def hub_files(hub: StandInHub) -> list[object]:
 def test_a_checkpoint_with_a_missing_key_is_refused_not_spoken_by_chance(
     tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     broken = tmp_path / "broken"
     shutil.copytree(checkpoints["voxcpm-1.5"], broken)
     state = load_file(broken / "model.safetensors")

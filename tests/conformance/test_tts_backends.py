@@ -83,3 +83,24 @@ async def test_a_caller_who_leaves_does_not_disturb_the_next(case: Case) -> None
 
 async def test_it_says_how_much_memory_it_takes(case: Case) -> None:
     assert case.backend.memory_bytes > 100_000
+
+
+async def test_loading_a_model_does_not_change_what_another_says(
+    checkpoints: dict[str, Path],
+) -> None:
+    kind = tts_backend("voxcpm")
+
+    async def load(name: str) -> TTSBackend:
+        directory = checkpoints[name]
+        spec = ModelSpec(name, "voxcpm", DirectorySource(directory))
+        return await kind.load(spec, directory, TTSOptions(device="cpu"))
+
+    speaking = await load("voxcpm-0.5b")
+    request = SpeechRequest(f"{TEXT} {TEXT}", seed=1, max_seconds=4)
+    alone = await speaking.synthesize(request)
+    speech = asyncio.create_task(speaking.synthesize(request))
+    await asyncio.sleep(0.05)
+    loaded = await load("voxcpm2")
+    np.testing.assert_array_equal((await speech).samples, alone.samples)
+    await speaking.close()
+    await loaded.close()

@@ -1,7 +1,9 @@
 """The thread that a model lives on."""
 
 import asyncio
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -77,4 +79,40 @@ async def test_a_job_whose_caller_left_before_its_turn_never_runs() -> None:
     await worker.run(lambda _: None)
 
     assert ran == []
+    await worker.close()
+
+
+async def test_what_a_caller_left_behind_is_not_kept() -> None:
+    class Recording:
+        pass
+
+    worker = WorkerThread("test")
+    busy = threading.Event()
+    first = asyncio.create_task(worker.run(lambda _: busy.wait(5)))
+    await asyncio.sleep(0.01)
+    recording = Recording()
+    kept = weakref.ref(recording)
+    left = asyncio.create_task(worker.run(lambda _, held=recording: id(held)))
+    await asyncio.sleep(0.01)
+    left.cancel()
+    await asyncio.gather(left, return_exceptions=True)
+    del recording, left
+    gc.collect()
+
+    assert kept() is None
+    busy.set()
+    await first
+    await worker.close()
+
+
+@pytest.mark.parametrize("error", [StopIteration, SystemExit])
+async def test_no_error_hangs_the_caller_or_ends_the_thread(error: type[BaseException]) -> None:
+    worker = WorkerThread("test")
+
+    def fail(_: Cancellation) -> None:
+        raise error
+
+    with pytest.raises(RuntimeError, match=error.__name__):
+        await worker.run(fail)
+    assert await worker.run(lambda _: 7) == 7
     await worker.close()
