@@ -31,19 +31,19 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RootPath:
-    """Serves the same under a prefix whether or not the proxy in front has taken it off.
+    """Serves under ROOT_PATH, whether the proxy in front strips it from the path or not."""
 
-    Without it Starlette finds routes either way, but mounted files only with the prefix.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
         self._app = app
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the request with its full path."""
-        root_path = scope.get("root_path", "") if scope["type"] != "lifespan" else ""
-        if root_path and not f"{scope['path']}/".startswith(f"{root_path}/"):
-            scope = {**scope, "path": root_path + scope["path"]}
+        """Run the request with its whole path, which is what Starlette's mounts look for."""
+        if scope["type"] == "http" and self._root_path:
+            path, root_path = scope["path"], self._root_path
+            if path != root_path and not path.startswith(f"{root_path}/"):
+                path = root_path + path
+            scope = {**scope, "root_path": root_path, "path": path}
         await self._app(scope, receive, send)
 
 

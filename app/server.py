@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # GOMP_SPINCOUNT: OpenMP threads that spin for long while they wait make torch collapse as soon as
 # another process wants a core (docs/explanation/openmp.md has the measurements).
 PROCESS_DEFAULTS = {
-    "GOMP_SPINCOUNT": "20000",
+    "GOMP_SPINCOUNT": "5000",
     "TQDM_DISABLE": "1",  # the library draws a progress bar for every request
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -65,7 +65,8 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """First signal: drain. Second: leave now."""
         if self._in_flight.draining:
-            self.should_exit = self.force_exit = True
+            logging.shutdown()
+            os._exit(0)  # at once, whatever a model's thread is doing
         self._in_flight.draining = True
 
     async def on_tick(self, counter: int) -> bool:
@@ -151,7 +152,15 @@ def main() -> None:
         )
         ChangeReload(config, target=serve, sockets=[config.bind_socket()]).run()
     else:
-        serve()
+        status: object = 0
+        try:
+            serve()
+        except SystemExit as end:
+            status = end.code
+        # Not by the interpreter's own end: it aborts while a model's thread is inside C++.
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(status if isinstance(status, int) else 1)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
     parser.add_argument("--quick", action="store_true", help="a tiny checkpoint and few rounds")
     quick = parser.parse_args().quick
-    plan = openmp.Plan(steps=10, rounds=2) if quick else openmp.Plan(steps=12, rounds=3)
+    plan = openmp.Plan(steps=10, rounds=2) if quick else openmp.Plan(steps=4, rounds=3)
     checkpoint = _checkpoint("tiny" if quick else "full")
     rows = openmp.measure(checkpoint, plan)
     machine = {

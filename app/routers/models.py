@@ -25,16 +25,6 @@ async def list_models(models: Models) -> ModelList:
     return ModelList(models=[ModelOut.of(one, default_name=default) for one in models.statuses()])
 
 
-@router.get(
-    "/{name:path}",
-    summary="Show a model",
-    responses=responses_for(ModelNotFoundError, ShuttingDownError),
-)
-async def show_model(name: Name, models: Models) -> ModelOut:
-    """One model: its state, and what it can do."""
-    return ModelOut.of(models.status(name), default_name=models.catalog.default_name)
-
-
 @router.post(
     "/{name:path}/load",
     summary="Load a model",
@@ -59,3 +49,13 @@ async def unload_model(name: Name, models: Models, response: Response) -> ModelO
     status = await models.unload(name)
     response.status_code = 202 if status.state is ModelState.UNLOADING else 200
     return ModelOut.of(status, default_name=models.catalog.default_name)
+
+
+@router.get(
+    "/{name:path}",
+    summary="Show a model",
+    responses=responses_for(ModelNotFoundError, ShuttingDownError),
+)
+async def show_model(name: Name, models: Models) -> ModelOut:
+    """One model: its state, and what it can do."""
+    return ModelOut.of(models.status(name), default_name=models.catalog.default_name)

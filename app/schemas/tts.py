@@ -114,7 +114,10 @@ def _as_form(schema: dict[str, Any]) -> None:
     for field in schema["properties"].values():
         if {"type": "null"} in field.get("anyOf", []):
             (value,) = (one for one in field.pop("anyOf") if one != {"type": "null"})
-            field |= value
+            if "contentMediaType" in value:
+                field |= value
+            else:
+                field["anyOf"] = [{"const": ""}, value]
             field.pop("default", None)
 
 
