@@ -206,7 +206,9 @@ def _field_rows(body: type[BaseModel]) -> dict[str, list[str]]:
     required = schema.get("required", [])
     rows = {}
     for name, field in schema["properties"].items():
-        value = next((one for one in field.get("anyOf", []) if one.get("type") != "null"), field)
+        # Beside the value itself a field may be null, or in a form empty.
+        choices = [one for one in field.get("anyOf", []) if one.get("type", "null") != "null"]
+        value = choices[0] if choices else field
         is_file = value.get("format") == "binary" or "contentMediaType" in value
         rows[name] = [
             f"`{name}`",
