@@ -23,6 +23,9 @@ ARCHITECTURES: dict[Architecture, int] = {
     "voxcpm2": 48_000,
 }
 
+# These servers outlive a test, and must not find the hub that another test stands in.
+NO_RETRY: dict[str, object] = {"download_retry_seconds": 1e6}
+
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
@@ -40,7 +43,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server as a newcomer has it: nothing on disk, no hub in reach."""
-    with serving(make_settings(tmp_path_factory.mktemp("bare"))) as server:
+    settings = make_settings(tmp_path_factory.mktemp("bare"), models=NO_RETRY)
+    with serving(settings) as server:
         server.wait_until("/health/ready", lambda answer: answer.status_code == 200)
         yield server
 
@@ -53,7 +57,8 @@ def voxcpm(
     settings = make_settings(
         tmp_path_factory.mktemp("voxcpm"),
         tts={"model_name": "tiny/voxcpm-0.5b"},
-        models={"directories": {f"tiny/{name}": path for name, path in checkpoints.items()}},
+        models=NO_RETRY
+        | {"directories": {f"tiny/{name}": path for name, path in checkpoints.items()}},
     )
     with serving(settings) as server:
         yield server
