@@ -103,7 +103,9 @@ class ModelSettings(BaseSettings):
         60.0, gt=0, description="After a failed download, how long until the next try."
     )
     hub_timeout_seconds: float = Field(
-        5.0, gt=0, description="How long looking a model up on the hub may take before it is out of reach."
+        5.0,
+        gt=0,
+        description="How long looking a model up on the hub may take before it is out of reach.",
     )
     memory_budget_bytes: int | None = Field(
         None, ge=1, description="Memory for loaded models; the least recently used leave first."
