@@ -57,7 +57,10 @@ class SpeechSettings(BaseSettings):
         20 * MEBIBYTE, ge=1_024, description="Largest uploaded voice, counted while it is read."
     )
     max_queue: int = Field(
-        32, ge=0, description="Requests that may wait for one model; beyond it the answer is 429."
+        32,
+        ge=0,
+        description="Requests that one model takes on beside the first, waiting or spoken "
+        "together; beyond it the answer is 429.",
     )
     request_timeout_seconds: float = Field(
         300.0,
@@ -72,6 +75,33 @@ class SpeechSettings(BaseSettings):
         description="Number format of VoxCPM. `auto`: the checkpoint's own, but float32 on a CPU "
         "without bfloat16 arithmetic.",
     )
+    engine: Literal["batched", "reference"] = Field(
+        "batched",
+        description="What runs VoxCPM: our engine, which speaks many requests at once, or the "
+        "official library, one at a time.",
+    )
+    quantization: Literal["none", "int8-lm"] = Field(
+        "none",
+        description="`int8-lm`: the engine keeps the weights of VoxCPM's language models as 8-bit "
+        "integers. Less memory, rounding errors.",
+    )
+    batch_size: int = Field(
+        16, ge=1, le=32, description="How many requests the engine speaks at once; others wait."
+    )
+    voice_cache_bytes: int = Field(
+        64 * MEBIBYTE, ge=0, description="Memory for encoded voices, of each loaded model."
+    )
+    voice_cache_dir: Path | None = Field(
+        None, description="Where encoded voices are kept on disk. Empty: in memory only."
+    )
+    voice_cache_disk_bytes: int = Field(
+        1_024 * MEBIBYTE, ge=0, description="Disk for encoded voices, in `TTS_VOICE_CACHE_DIR`."
+    )
+
+    @field_validator("voice_cache_dir", mode="before")
+    @classmethod
+    def _no_directory(cls, value: Any) -> Any:
+        return None if value == "" else value
 
     @field_validator("model_name", "fallback_model_name")
     @classmethod

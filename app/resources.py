@@ -42,7 +42,16 @@ async def open_resources(settings: Settings) -> AsyncIterator[Resources]:
 
 
 def _model_loader(settings: Settings) -> ModelLoader:
-    options = TTSOptions(device=settings.tts.device, dtype=settings.tts.dtype)
+    tts = settings.tts
+    options = TTSOptions(
+        device=tts.device,
+        dtype=tts.dtype,
+        quantization=tts.quantization,
+        batch_size=tts.batch_size,
+        voice_cache_bytes=tts.voice_cache_bytes,
+        voice_cache_dir=tts.voice_cache_dir and tts.voice_cache_dir.expanduser(),
+        voice_cache_disk_bytes=tts.voice_cache_disk_bytes,
+    )
     store = WeightStore(
         settings.models.cache_dir.expanduser(),
         hub_timeout_seconds=settings.models.hub_timeout_seconds,

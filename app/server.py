@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 # GOMP_SPINCOUNT: OpenMP threads that spin for long while they wait make torch collapse as soon as
 # another process wants a core (docs/explanation/openmp.md has the measurements).
 PROCESS_DEFAULTS = {
-    "GOMP_SPINCOUNT": "5000",
+    "GOMP_SPINCOUNT": "20000",
     "TQDM_DISABLE": "1",  # the library draws a progress bar for every request
     "TOKENIZERS_PARALLELISM": "false",
 }

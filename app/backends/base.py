@@ -23,10 +23,19 @@ class BackendLoadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TTSOptions:
-    """How to load a text-to-speech model: torch device and number format (`auto` picks)."""
+    """How to load a text-to-speech model.
+
+    Torch device and number format (`auto` picks), how weights are quantized, how much is spoken
+    at once, and where encoded voices are kept. A backend reads what applies to it.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
+    quantization: str = "none"
+    batch_size: int = 16
+    voice_cache_bytes: int = 64 << 20
+    voice_cache_dir: Path | None = None
+    voice_cache_disk_bytes: int = 1 << 30
 
 
 class TTSBackend(Protocol):

@@ -10,7 +10,8 @@ from app.backends.base import TTSBackend
 
 TTS_BACKENDS: dict[str, str] = {
     "hibari": "app.backends.tts.hibari:HibariBackend",
-    "voxcpm": "app.backends.tts.voxcpm.reference:ReferenceBackend",
+    "voxcpm": "app.backends.tts.voxcpm.batched:BatchedBackend",
+    "voxcpm-reference": "app.backends.tts.voxcpm.reference:ReferenceBackend",
 }
 
 

@@ -8,6 +8,8 @@ from app.errors import ModelNotFoundError
 
 HUB_NAMES = ("openbmb/VoxCPM-0.5B", "openbmb/VoxCPM1.5", "openbmb/VoxCPM2")
 EMBEDDED_NAMES = {"hibari/heart": "hibari"}
+# By TTS_ENGINE, the backend that runs VoxCPM.
+VOXCPM_BACKENDS = {"batched": "voxcpm", "reference": "voxcpm-reference"}
 
 
 class Catalog:
@@ -21,6 +23,7 @@ class Catalog:
 
     def __init__(self, settings: Settings) -> None:
         self._specs: dict[str, ModelSpec] = {}
+        self._voxcpm = VOXCPM_BACKENDS[settings.tts.engine]
         for name in HUB_NAMES + settings.models.allowed:
             self._add_hub(name, setting="MODEL_ALLOWED")
         for name, backend in EMBEDDED_NAMES.items():
@@ -58,12 +61,12 @@ class Catalog:
         repository, _, revision = name.partition("@")
         if not MODEL_NAME.fullmatch(name) or repository.count("/") != 1:
             raise SettingError(setting, "neither a known model, a hub id nor a directory")
-        return self._add(ModelSpec(name, "voxcpm", HubSource(repository, revision or "main")))
+        return self._add(ModelSpec(name, self._voxcpm, HubSource(repository, revision or "main")))
 
     def _add_directory(self, name: str, directory: Path, *, setting: str) -> str:
         if not MODEL_NAME.fullmatch(name):
             raise SettingError(setting, "a model's name is letters, digits and . _ - / only")
-        return self._add(ModelSpec(name, "voxcpm", DirectorySource(directory.expanduser())))
+        return self._add(ModelSpec(name, self._voxcpm, DirectorySource(directory.expanduser())))
 
     def _add_default(self, name: str) -> str:
         """A hub id, a name known already, or a directory, which is served under `local/`."""

@@ -15,7 +15,8 @@ from app.domain.speech import SpeechRequest
 
 pytestmark = pytest.mark.anyio
 
-CASES = ["hibari", "voxcpm-0.5b", "voxcpm-1.5", "voxcpm2"]
+REFERENCE = "voxcpm2 by the library"
+CASES = ["hibari", "voxcpm-0.5b", "voxcpm-1.5", "voxcpm2", REFERENCE]
 TEXT = "Good morning."
 
 
@@ -34,9 +35,10 @@ class Case:
 @pytest.fixture(params=CASES)
 async def case(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> AsyncIterator[Case]:
     name = request.param
-    if name in checkpoints:
-        directory: Path | None = checkpoints[name]
-        spec = ModelSpec(name, "voxcpm", DirectorySource(checkpoints[name]))
+    if name != "hibari":
+        directory: Path | None = checkpoints["voxcpm2" if name == REFERENCE else name]
+        kind_name = "voxcpm-reference" if name == REFERENCE else "voxcpm"
+        spec = ModelSpec(name, kind_name, DirectorySource(directory))
     else:
         directory, spec = None, ModelSpec("hibari/heart", name, EmbeddedSource())
     kind = tts_backend(spec.backend)
@@ -48,7 +50,7 @@ async def case(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> 
 
 
 def test_every_backend_is_among_the_cases() -> None:
-    assert set(TTS_BACKENDS) == {"hibari", "voxcpm"}
+    assert set(TTS_BACKENDS) == {"hibari", "voxcpm", "voxcpm-reference"}
 
 
 async def test_samples_are_mono_float32_within_range_at_the_rate_it_stated(case: Case) -> None:

@@ -6,6 +6,7 @@ fixes the number format in config.json. So the parts are put together here.
 
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +31,15 @@ def load_model(directory: Path, *, device: str, dtype: str) -> LibraryModel:
     `dtype` is `auto`, `float32` or `bfloat16`. Blocking; call it on the model's own thread.
     Raises BackendLoadError for a checkpoint that is damaged or does not fit the library.
     """
-    model_class, config_class, vae_class = _library_classes(directory)
+    library = library_classes(directory)
     import torch
     from transformers import LlamaTokenizerFast
 
-    config = config_class.model_validate_json((directory / "config.json").read_bytes())
-    config.dtype = _choose_dtype(dtype, config.dtype, device)
-    vae_config = config.audio_vae_config
-    vae = vae_class(config=vae_config) if vae_config else vae_class()
+    config = read_config(directory, library)
+    config.dtype = choose_dtype(dtype, config.dtype, device)
+    vae = library.vae(config=config.audio_vae_config)
     tokenizer = LlamaTokenizerFast.from_pretrained(str(directory))
-    model = model_class(config, tokenizer, vae, device=None if device == "auto" else device)
+    model = library.model(config, tokenizer, vae, device=None if device == "auto" else device)
     model = model.to(getattr(torch, config.dtype))
     model.audio_vae = model.audio_vae.to(torch.float32)
     _fill(model, directory)
@@ -48,7 +48,21 @@ def load_model(directory: Path, *, device: str, dtype: str) -> LibraryModel:
     return model.optimize(disable=model.device != "cuda")
 
 
-def _library_classes(directory: Path) -> tuple[Any, Any, Any]:
+@dataclass(frozen=True, slots=True)
+class LibraryClasses:
+    """The library's classes for one generation of the model."""
+
+    model: Any
+    config: Any
+    vae: Any
+    vae_config: Any
+
+
+def library_classes(directory: Path) -> LibraryClasses:
+    """The classes that the checkpoint's architecture needs; imports the library.
+
+    Raises BackendLoadError if the installed libraries do not fit together.
+    """
     try:
         from voxcpm.model import voxcpm, voxcpm2
     except (ImportError, OSError) as error:
@@ -59,11 +73,22 @@ def _library_classes(directory: Path) -> tuple[Any, Any, Any]:
         ) from error
     architecture = json.loads((directory / "config.json").read_bytes()).get("architecture")
     if str(architecture).lower() == "voxcpm2":
-        return voxcpm2.VoxCPM2Model, voxcpm2.VoxCPMConfig, voxcpm2.AudioVAEV2
-    return voxcpm.VoxCPMModel, voxcpm.VoxCPMConfig, voxcpm.AudioVAE
+        return LibraryClasses(
+            voxcpm2.VoxCPM2Model, voxcpm2.VoxCPMConfig, voxcpm2.AudioVAEV2, voxcpm2.AudioVAEConfigV2
+        )
+    return LibraryClasses(
+        voxcpm.VoxCPMModel, voxcpm.VoxCPMConfig, voxcpm.AudioVAE, voxcpm.AudioVAEConfig
+    )
 
 
-def _choose_dtype(wanted: str, checkpoint: str, device: str) -> str:
+def read_config(directory: Path, library: LibraryClasses) -> Any:
+    """The checkpoint's config.json as the library's VoxCPMConfig, its audio part always there."""
+    config = library.config.model_validate_json((directory / "config.json").read_bytes())
+    config.audio_vae_config = config.audio_vae_config or library.vae_config()
+    return config
+
+
+def choose_dtype(wanted: str, checkpoint: str, device: str) -> str:
     """The checkpoint's own format, unless it is told otherwise or the CPU would emulate it."""
     import torch
 
@@ -84,8 +109,8 @@ def _cpu_has_bfloat16() -> bool:
 
 def _fill(model: LibraryModel, directory: Path) -> None:
     """Copy the checkpoint's weights into `model`; every one must be there, and no other."""
-    state = _read_weights(directory, "model.safetensors", "pytorch_model.bin")
-    vae_state = _read_weights(directory, "audiovae.safetensors", "audiovae.pth")
+    state = read_weights(directory, "model.safetensors", "pytorch_model.bin")
+    vae_state = read_weights(directory, "audiovae.safetensors", "audiovae.pth")
     state.update({f"audio_vae.{name}": tensor for name, tensor in vae_state.items()})
     expected = set(model.state_dict())
     missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected)
@@ -100,7 +125,8 @@ def _fill(model: LibraryModel, directory: Path) -> None:
         raise BackendLoadError("its weights have other shapes than its config.json says") from error
 
 
-def _read_weights(directory: Path, preferred: str, fallback: str) -> "dict[str, torch.Tensor]":
+def read_weights(directory: Path, preferred: str, fallback: str) -> "dict[str, torch.Tensor]":
+    """Map the tensors of one file of a checkpoint. Raises BackendLoadError if it is damaged."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -44,6 +44,13 @@ def without_control_tokens(text: str, tokenizer: Any) -> str:
     return text
 
 
+def text_normalizer() -> Any:
+    """The library's normalizer; it takes a while to build."""
+    from voxcpm.utils.text_normalize import TextNormalizer
+
+    return TextNormalizer()
+
+
 def normalized(text: str, normalizer: Any) -> str:
     """Spell out numbers and symbols by the library's `normalizer`.
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from app.backends.base import BackendLoadError
-from app.domain.models import Capabilities
+from app.domain.models import Capabilities, HubSource, ModelSpec
 
 REQUIRED_FILES: tuple[tuple[str, ...], ...] = (
     ("config.json",),
@@ -71,6 +71,15 @@ PUBLISHED: dict[str, Layout] = {
     "openbmb/VoxCPM1.5": Layout("voxcpm", 44_100, 44_100, 0.16, 4_096),
     "openbmb/VoxCPM2": Layout("voxcpm2", 48_000, 16_000, 0.16, 8_192),
 }
+
+
+def capabilities_of(spec: ModelSpec, directory: Path | None) -> Capabilities | None:
+    """What a model can do, from its config.json or from what is known of the published ones."""
+    if directory is not None:
+        return read_layout(directory).capabilities()
+    source = spec.source
+    layout = PUBLISHED.get(source.repository) if isinstance(source, HubSource) else None
+    return layout.capabilities() if layout else None
 
 
 class _VAEConfig(BaseModel):

@@ -13,9 +13,14 @@ from typing import Any, ClassVar, Self
 from app.backends.base import BackendLoadError, TTSOptions
 from app.backends.tts.voxcpm import inputs
 from app.backends.tts.voxcpm.checkpoint import LibraryModel, load_model
-from app.backends.tts.voxcpm.layout import PUBLISHED, REQUIRED_FILES, Layout, read_layout
+from app.backends.tts.voxcpm.layout import (
+    REQUIRED_FILES,
+    Layout,
+    capabilities_of,
+    read_layout,
+)
 from app.backends.worker import Cancellation, WorkerThread
-from app.domain.models import Capabilities, HubSource, ModelSpec
+from app.domain.models import Capabilities, ModelSpec
 from app.domain.speech import Speech, SpeechRequest
 
 # The library draws its noise from torch's global generator. Two models in one process take turns,
@@ -58,11 +63,7 @@ class ReferenceBackend:
     @classmethod
     def describe(cls, spec: ModelSpec, directory: Path | None) -> Capabilities | None:
         """From config.json, or from what is known of the published models."""
-        if directory is not None:
-            return read_layout(directory).capabilities()
-        source = spec.source
-        layout = PUBLISHED.get(source.repository) if isinstance(source, HubSource) else None
-        return layout.capabilities() if layout else None
+        return capabilities_of(spec, directory)
 
     @classmethod
     async def load(cls, spec: ModelSpec, directory: Path | None, options: TTSOptions) -> Self:
@@ -168,7 +169,5 @@ class ReferenceBackend:
 
     def _text_normalizer(self) -> Any:
         if self._normalizer is None:
-            from voxcpm.utils.text_normalize import TextNormalizer
-
-            self._normalizer = TextNormalizer()
+            self._normalizer = inputs.text_normalizer()
         return self._normalizer
