@@ -19,10 +19,10 @@ from bench.speaking import busy_neighbour
 FAIRNESS = (
     "Same checkpoint, number format, threads, seed, steps (10) and guidance (2.0); both make "
     "exactly the same number of patches, from text to samples, without bad-case retries; each "
-    "side in a process of its own, warmed up, rounds in turn, the other side asleep. The library serves "
-    "several requests one after the other: its time for n of them is n times that for one. Memory "
-    "is each process's peak from start to end. Libraries are imported and files are in the page "
-    "cache before loading is timed."
+    "side in a process of its own, warmed up, rounds in turn, the other side asleep. The library "
+    "serves several requests one after the other: its time for n of them is n times that for one. "
+    "Memory is each process's peak from start to end. Libraries are imported and files are in the "
+    "page cache before loading is timed."
 )
 BATCHES = (2, 4, 8, 16)
 _REPLY_SECONDS = 900.0

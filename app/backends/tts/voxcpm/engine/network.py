@@ -287,6 +287,4 @@ class _Builder:
         def take(name: str) -> Tensor:
             return self._weights.take(f"{prefix}.{name}")
 
-        return Transformer(
-            take, config, rotary=rotary, quantize=quantize, after_layer=self._weights.release
-        )
+        return Transformer(take, config, rotary=rotary, quantize=quantize)

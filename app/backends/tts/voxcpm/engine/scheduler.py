@@ -10,6 +10,7 @@ import queue
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from math import ceil
 from time import perf_counter
 from typing import Protocol
 
@@ -111,14 +112,12 @@ class _Speaker:
     undecoded: list[Tensor] = field(default_factory=list)
     unheard: list[Samples] = field(default_factory=list)
 
-    def due(self) -> int:
-        """How many patches to decode now; 0 for none."""
-        count = len(self.undecoded)
-        if self.utterance.streamed:
-            enough = _STREAM_CHUNKS[min(self.chunks, len(_STREAM_CHUNKS) - 1)]
-        else:
-            enough = _WHOLE_CHUNK
-        return count if self.finished or count >= enough else 0
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for what has been made and not yet decoded."""
+        if not self.utterance.streamed:
+            return self.finished
+        enough = _STREAM_CHUNKS[min(self.chunks, len(_STREAM_CHUNKS) - 1)]
+        return self.finished or len(self.undecoded) >= enough
 
 
 class Scheduler:
@@ -241,7 +240,7 @@ class Scheduler:
             one.finished = (stop and enough) or one.made >= one.plan.max_patches
         again = [one for one in speakers if one.finished and self._is_to_be_repeated(one)]
         spoken = perf_counter()
-        self._decode([one for one in speakers if one.due() and one not in again])
+        self._decode([one for one in self._due() if one not in again])
         decoded = perf_counter()
         going_on = [row for row, one in enumerate(speakers) if not one.finished]
         if going_on:
@@ -266,17 +265,34 @@ class Scheduler:
         one.undecoded.clear()
         one.unheard.clear()
 
+    def _due(self) -> list[_Speaker]:
+        """Whose patches to decode now.
+
+        Those for which somebody waits, and of the rest as many as keep up with what is made: all
+        of them at once would hold up the others.
+        """
+        awaited = [one for one in self._speaking if one.is_awaited()]
+        rest = [one for one in self._speaking if not one.utterance.streamed and not one.finished]
+        rest.sort(key=lambda one: len(one.undecoded), reverse=True)
+        keeping_up = rest[: ceil(len(rest) / _WHOLE_CHUNK)]
+        return awaited + [one for one in keeping_up if len(one.undecoded) >= _WHOLE_CHUNK]
+
     def _decode(self, due: list[_Speaker]) -> None:
-        """Turn patches into sound: those with as many patches to go together."""
-        for count in sorted({one.due() for one in due}):
-            together = [one for one in due if one.due() == count]
-            latents = torch.stack([torch.cat(one.undecoded) for one in together]).float()
-            samples = self._decoder.decode(latents, [one.audio for one in together]).cpu().numpy()
-            for one, sound in zip(together, samples, strict=True):
-                one.undecoded.clear()
-                one.chunks += 1
-                one.unheard.append(sound)
-                self._deliver(one)
+        """Turn patches into sound: those with as many patches together, the fewest first."""
+        for count in sorted({len(one.undecoded) for one in due}):
+            alike = [one for one in due if len(one.undecoded) == count]
+            size = max(1, _WHOLE_CHUNK // count)
+            for start in range(0, len(alike), size):
+                self._decode_alike(alike[start : start + size])
+
+    def _decode_alike(self, together: list[_Speaker]) -> None:
+        latents = torch.stack([torch.cat(one.undecoded) for one in together]).float()
+        samples = self._decoder.decode(latents, [one.audio for one in together]).cpu().numpy()
+        for one, sound in zip(together, samples, strict=True):
+            one.undecoded.clear()
+            one.chunks += 1
+            one.unheard.append(sound)
+            self._deliver(one)
 
     def _deliver(self, one: _Speaker) -> None:
         listener = one.utterance.listener

@@ -110,17 +110,14 @@ class Transformer:
         *,
         rotary: Tensor | None,
         quantize: bool,
-        after_layer: Callable[[], None],
     ) -> None:
-        """Take a MiniCPM's weights by their names in it; `after_layer` is told of each layer."""
+        """Take a MiniCPM's weights by their names in it."""
         self.shape = Shape.of(config)
         self._rotary = rotary
-        self._layers: list[_Layer] = []
-        for number in range(self.shape.layers):
-            self._layers.append(
-                _Layer(_under(take, f"layers.{number}."), self.shape, quantize=quantize)
-            )
-            after_layer()
+        self._layers = [
+            _Layer(_under(take, f"layers.{number}."), self.shape, quantize=quantize)
+            for number in range(self.shape.layers)
+        ]
         self._norm = take("norm.weight")
 
     def cache(self) -> KVCache:

@@ -17,6 +17,8 @@ from app.backends.base import BackendLoadError
 from app.backends.tts.voxcpm.checkpoint import read_weights
 
 _MADV_DONTNEED = 4
+# Of the files, while they are being read.
+_MOST_RESIDENT_BYTES = 64 << 20
 _MADVISE = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 
 
@@ -44,15 +46,9 @@ class Weights:
         """A tensor of the audio autoencoder, float32 (or its own integers), on the device."""
         return self._take(f"audio_vae.{name}", torch.float32)
 
-    def release(self) -> None:
-        """Drop from memory what was taken and read so far; nothing may read it again."""
-        for tensor in self._taken:
-            _drop_pages(tensor)
-        self._taken.clear()
-
     def finish(self) -> None:
         """Every tensor must have been taken. Raises BackendLoadError otherwise."""
-        self.release()
+        self._release()
         if self._tensors:
             message = f"its weights do not fit its config.json: {len(self._tensors)} are not used"
             raise BackendLoadError(message)
@@ -61,15 +57,25 @@ class Weights:
         source = self._tensors.pop(name, None)
         if source is None:
             raise BackendLoadError(f"its weights are not complete: {name} is missing")
+        if sum(tensor.nbytes for tensor in self._taken) > _MOST_RESIDENT_BYTES:
+            self._release()
         self._taken.append(source)
         tensor = source.to(self._device, dtype if source.is_floating_point() else source.dtype)
         self.taken_bytes += tensor.nbytes
         # Vectors are kept as they are; a copy does not hang on the file.
         return tensor.clone() if tensor.dim() < 2 else tensor
 
+    def _release(self) -> None:
+        for tensor in self._taken:
+            _drop_pages(tensor)
+        self._taken.clear()
+
 
 def _drop_pages(tensor: Tensor) -> None:
-    """Tell the kernel that the whole pages under a mapped tensor are not needed any more."""
+    """Take the whole pages under a mapped tensor out of this process's memory.
+
+    Whoever reads the tensor again gets them from the file.
+    """
     if _MADVISE is None or tensor.device.type != "cpu":
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
