@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -40,10 +41,10 @@ class _Engine:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How an utterance ended: its length in patches, or why there is no more of it."""
+    """How an utterance ended."""
 
-    patches: int = 0
     bad_case: bool = False
+    cut_off: bool = False
     error: Exception | None = None
 
 
@@ -58,8 +59,8 @@ class _Ear:
     def heard(self, samples: Samples) -> None:
         self._say(samples)
 
-    def finished(self, *, patches: int, bad_case: bool) -> None:
-        self._say(_End(patches, bad_case))
+    def finished(self, *, bad_case: bool, cut_off: bool) -> None:
+        self._say(_End(bad_case, cut_off))
 
     def failed(self, error: Exception) -> None:
         self._say(_End(error=error))
@@ -113,15 +114,16 @@ class BatchedBackend:
                 sounds.append(item)
         return Speech(np.concatenate(sounds), self._layout.sample_rate_hz, bad_case)
 
-    async def stream(self, request: SpeechRequest) -> AsyncIterator[Samples]:
+    async def stream(self, request: SpeechRequest) -> AsyncGenerator[Samples]:
         """Speak, and give the sound as it is made.
 
         The chunks are float32 of shape (n,), the first one patch long. Together they are the first
         attempt of what `synthesize` gives. Closing the iterator stops the work within one step.
         """
-        async for item in self._hear(request, streamed=True):
-            if not isinstance(item, _End):
-                yield item
+        async with aclosing(self._hear(request, streamed=True)) as items:
+            async for item in items:
+                if not isinstance(item, _End):
+                    yield item
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -137,7 +139,7 @@ class BatchedBackend:
 
     async def _hear(
         self, request: SpeechRequest, *, streamed: bool
-    ) -> AsyncIterator[Samples | _End]:
+    ) -> AsyncGenerator[Samples | _End]:
         from app.backends.tts.voxcpm.engine.scheduler import Utterance
 
         text = inputs.spoken_text(request)
@@ -152,6 +154,8 @@ class BatchedBackend:
                 yield item
             if item.error is not None:
                 raise item.error
+            if item.cut_off:
+                raise inputs.too_long(self._layout)
             yield item
         finally:
             utterance.cancelled = True

@@ -121,11 +121,10 @@ class _Past:
     def before(self, x: Tensor, count: int) -> Tensor:
         """Put the last `count` rows of each stream before `x`, and keep those of the next time."""
         number, self._number = self._number, self._number + 1
-        streams, _, channels = x.shape
-        if len(self._states[0].rows) <= number:
-            past = x.new_zeros(streams, count, channels)
-        else:
-            past = torch.stack([state.rows[number] for state in self._states])
+        nothing = x.new_zeros(count, x.shape[2])
+        past = torch.stack(
+            [state.rows[number] if number < len(state.rows) else nothing for state in self._states]
+        )
         extended = torch.cat([past, x], 1)
         for state, rows in zip(self._states, extended[:, -count:], strict=True):
             state.rows[number : number + 1] = [rows.clone()]

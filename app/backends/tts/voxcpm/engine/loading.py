@@ -84,6 +84,9 @@ def _warm_up(loaded: LoadedModel) -> None:
         network.say_stop([reading.state])
         network.advance([reading.state], patches)
         loaded.decoder.decode(patches.float(), [audio])
+    samples = torch.zeros(network.patch_size * loaded.encoder.samples_per_frame)
+    for frames in loaded.encoder.encode(samples.to(network.device)):
+        network.embed_patches(frames.view(-1, network.patch_size, network.features))
 
 
 def _fingerprint(directory: Path) -> str:

@@ -96,12 +96,13 @@ class PromptReader:
         role = "prompt" if pad_left else "reference"
         key = voice_key(clip, model=self._fingerprint, role=role)
         latents = self._voices.get(key)
-        if latents is None:
+        shape = (self._network.patch_size, self._network.features)
+        if latents is None or latents.shape[1:] != shape:  # the disk may hold anything
             encoded = []
             for frames in self._encoded(clip, pad_left=pad_left):
                 encoded.append(frames.cpu())
                 yield
-            latents = torch.cat(encoded).view(-1, self._network.patch_size, self._network.features)
+            latents = torch.cat(encoded).view(-1, *shape)
             self._voices.put(key, latents)
         # Positions hold what this process's number format made of them: not for the disk.
         positions = self._voices.get(key + "-positions")
@@ -132,4 +133,6 @@ def _plan(request: SpeechRequest, lengths: inputs.Lengths, *, tokens: int, strea
         max_patches=min(int(tokens * lengths.ratio + 10), lengths.max_len),
         attempts=1 if streamed or request.retry_badcase is False else attempts,
         bad_case_patches=tokens * lengths.ratio,
+        # Where the caller has set a length, reaching that is no accident.
+        room_patches=lengths.room if request.max_seconds is not None else lengths.max_len,
     )

@@ -9,6 +9,7 @@ import logging
 import queue
 from collections import deque
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
 from time import perf_counter
@@ -40,8 +41,11 @@ class Listener(Protocol):
         """More sound: float32 of shape (n,)."""
         ...
 
-    def finished(self, *, patches: int, bad_case: bool) -> None:
-        """All of the sound has been heard; the last call."""
+    def finished(self, *, bad_case: bool, cut_off: bool) -> None:
+        """All of the sound has been heard; the last call.
+
+        `bad_case`: it is far too long for its text. `cut_off`: it ended for want of room.
+        """
         ...
 
     def failed(self, error: Exception) -> None:
@@ -55,6 +59,7 @@ class Plan:
 
     It may stop by itself once it has `min_patches` + 2 of them, and ends at `max_patches`. An
     attempt that reaches `bad_case_patches` is thrown away, unless it is the last of `attempts`.
+    One that reaches `room_patches` has been cut off.
     """
 
     seed: int
@@ -64,6 +69,7 @@ class Plan:
     max_patches: int
     attempts: int
     bad_case_patches: float
+    room_patches: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,27 +137,42 @@ class Scheduler:
         self._waiting: deque[Utterance] = deque()
         self._speaking: list[_Speaker] = []
         self._last_step_seconds = 0.0
+        self._ended = False
         self.seconds = {"read": 0.0, "speak": 0.0, "decode": 0.0}
         self.steps = 0
 
     def submit(self, utterance: Utterance) -> None:
         """Queue an utterance; any thread may call this. To drop it, set its `cancelled`."""
         self._inbox.put(utterance)
+        if self._ended:
+            self._refuse_rest()
 
     def close(self) -> None:
         """Make `run` drop everything and return; any thread may call this."""
         self._inbox.put(None)
 
     def run(self) -> None:
-        """Work until closed."""
-        governor = ThreadGovernor()
-        with torch.inference_mode():
-            while self._receive():
-                with governor.watch():
-                    self._turn()
-        error = RuntimeError("the engine was closed")
-        for utterance in [*self._waiting, *(one.utterance for one in self._speaking)]:
-            utterance.listener.failed(error)
+        """Work until closed. Whoever is still being served then, or comes later, is refused."""
+        try:
+            governor = ThreadGovernor()
+            with torch.inference_mode():
+                while self._receive():
+                    with governor.watch():
+                        self._turn()
+        finally:
+            self._waiting.extend(one.utterance for one in self._speaking)
+            self._speaking = []
+            self._ended = True
+            self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                utterance = self._inbox.get_nowait()
+                if utterance is not None:
+                    self._waiting.append(utterance)
+        while self._waiting:
+            self._waiting.popleft().listener.failed(RuntimeError("the engine has been closed"))
 
     def _receive(self) -> bool:
         """Take in what was submitted, waiting while there is nothing to do. False: closed."""
@@ -193,10 +214,10 @@ class Scheduler:
                 self._waiting.popleft()
                 continue
             try:
-                next(utterance.preparation)
-            except StopIteration as ready:
-                self._waiting.popleft()
-                self._speaking.append(self._speaker(utterance, ready.value))
+                prepared = _carried_on(utterance.preparation)
+                if prepared is not None:
+                    self._speaking.append(self._speaker(utterance, prepared))
+                    self._waiting.popleft()
             except Exception as error:  # noqa: BLE001 - carried over to the caller
                 self._waiting.popleft()
                 utterance.listener.failed(error)
@@ -301,5 +322,17 @@ class Scheduler:
                 listener.heard(samples)
             one.unheard.clear()
         if one.finished:
-            bad_case = one.made >= one.plan.bad_case_patches
-            listener.finished(patches=one.made, bad_case=bad_case)
+            listener.finished(
+                bad_case=one.made >= one.plan.bad_case_patches,
+                cut_off=one.made >= one.plan.room_patches,
+            )
+
+
+def _carried_on(preparation: Generator[None, None, Prepared]) -> Prepared | None:
+    """Do one more piece of the work; the result once it is done."""
+    try:
+        next(preparation)
+    except StopIteration as done:
+        prepared: Prepared = done.value
+        return prepared
+    return None

@@ -10,7 +10,9 @@ import logging
 import os
 import tempfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
+from time import time
 
 import numpy as np
 from safetensors import SafetensorError
@@ -22,6 +24,9 @@ from app.domain.audio import Clip
 logger = logging.getLogger(__name__)
 
 _SUFFIX = ".voice"
+_PARTIAL = "partial-"
+# A file that is still being written is younger.
+_LEFTOVER_SECONDS = 3_600
 
 
 def voice_key(clip: Clip, *, model: str, role: str) -> str:
@@ -43,6 +48,8 @@ class VoiceCache:
         self._max_disk_bytes = max_disk_bytes
         self._tensors: OrderedDict[str, Tensor] = OrderedDict()
         self.bytes_in_memory = 0
+        if directory is not None:
+            _remove_leftovers(directory)
 
     def get(self, key: str) -> Tensor | None:
         """What was put under `key`, if it is still there. It must not be written to."""
@@ -86,13 +93,14 @@ class VoiceCache:
             return None
         except (OSError, SafetensorError, KeyError) as error:
             logger.warning("an encoded voice on disk is damaged", extra={"error": str(error)})
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             return None
         return tensor
 
     def _write(self, directory: Path, key: str, tensor: Tensor) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=_PARTIAL, delete=False) as file:
             try:
                 file.write(save({"latents": tensor.cpu().contiguous()}))
                 file.flush()
@@ -117,3 +125,11 @@ class VoiceCache:
                 break
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """What processes that were killed had begun to write."""
+    for path in directory.glob(_PARTIAL + "*"):
+        with suppress(FileNotFoundError):  # another process was quicker
+            if time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                path.unlink()
