@@ -88,6 +88,11 @@ class SpeechSettings(BaseSettings):
     batch_size: int = Field(
         16, ge=1, le=32, description="How many requests the engine speaks at once; others wait."
     )
+    batch_invariant: bool = Field(
+        True,
+        description="Whether a request gives the same bits whoever else is speaking. `false` is "
+        "quicker in bfloat16 with many requests; a seed then holds for a lone request only.",
+    )
     voice_cache_bytes: int = Field(
         64 * MEBIBYTE, ge=0, description="Memory for encoded voices, of each loaded model."
     )

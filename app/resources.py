@@ -48,6 +48,7 @@ def _model_loader(settings: Settings) -> ModelLoader:
         dtype=tts.dtype,
         quantization=tts.quantization,
         batch_size=tts.batch_size,
+        batch_invariant=tts.batch_invariant,
         voice_cache_bytes=tts.voice_cache_bytes,
         voice_cache_dir=tts.voice_cache_dir and tts.voice_cache_dir.expanduser(),
         voice_cache_disk_bytes=tts.voice_cache_disk_bytes,

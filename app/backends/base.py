@@ -33,6 +33,7 @@ class TTSOptions:
     dtype: str = "auto"
     quantization: str = "none"
     batch_size: int = 16
+    batch_invariant: bool = True
     voice_cache_bytes: int = 64 << 20
     voice_cache_dir: Path | None = None
     voice_cache_disk_bytes: int = 1 << 30

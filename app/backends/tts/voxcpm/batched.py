@@ -174,7 +174,13 @@ def _build(directory: Path, layout: Layout, options: TTSOptions) -> _Engine:
     from app.backends.tts.voxcpm.engine.voices import VoiceCache
 
     quantize = options.quantization == "int8-lm"
-    model = load_model(directory, device=options.device, dtype=options.dtype, quantize=quantize)
+    model = load_model(
+        directory,
+        device=options.device,
+        dtype=options.dtype,
+        quantize=quantize,
+        batch_invariant=options.batch_invariant,
+    )
     voices = VoiceCache(
         options.voice_cache_bytes, options.voice_cache_dir, options.voice_cache_disk_bytes
     )

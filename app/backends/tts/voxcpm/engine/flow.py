@@ -30,6 +30,7 @@ class FlowDecoder:
         dtype: torch.dtype,
         device: torch.device,
         mean_mode: bool,
+        batch_invariant: bool,
     ) -> None:
         def projection(name: str) -> tuple[Tensor, Tensor]:
             return take(f"{name}.weight"), take(f"{name}.bias")
@@ -43,6 +44,7 @@ class FlowDecoder:
         self._delta = [linear(*projection(f"delta_time_mlp.linear_{one}")) for one in (1, 2)]
         self._decoder = decoder
         self._mean_mode = mean_mode
+        self._batch_invariant = batch_invariant
         self._tables: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def solve(
@@ -52,7 +54,7 @@ class FlowDecoder:
 
         `mu` is (requests, hidden) or, with two tokens, (requests, 2 * hidden); `condition` the
         patch before, `noise` the starting point, both (requests, patch size, features);
-        `guidance` float32 (requests, 1, 1). A request's row depends on no other.
+        `guidance` float32 (requests, 1, 1).
         """
         requests, positions, _ = noise.shape
         known = self._condition(condition)
@@ -68,7 +70,9 @@ class FlowDecoder:
             else:
                 front = torch.cat([head, time.expand(2 * requests, 1, -1)], 1)
             rows = torch.cat([front, known, torch.cat([state, state])], 1)
-            velocity = self._out(self._decoder.local(rows)[:, -positions:])
+            velocity = self._out(
+                self._decoder.local(rows, alone=not self._batch_invariant)[:, -positions:]
+            )
             towards, without = velocity.chunk(2)
             x = x - delta * _guided(towards, without, guidance)
         return x

@@ -28,7 +28,9 @@ class LoadedModel:
     fingerprint: str
 
 
-def load_model(directory: Path, *, device: str, dtype: str, quantize: bool) -> LoadedModel:
+def load_model(
+    directory: Path, *, device: str, dtype: str, quantize: bool, batch_invariant: bool = True
+) -> LoadedModel:
     """Build the model of `directory`, and let it make two patches.
 
     Blocking; call it on the model's own thread. Raises BackendLoadError for a checkpoint that is
@@ -44,10 +46,20 @@ def load_model(directory: Path, *, device: str, dtype: str, quantize: bool) -> L
     with torch.inference_mode():
         weights = Weights(directory, dtype=number_format, device=place)
         try:
+            # The autoencoder has the largest single tensors: unpacked while memory is still empty.
+            decoder = AudioDecoder(config.audio_vae_config, weights.take_audio)
+            encoder = AudioEncoder(config.audio_vae_config, weights.take_audio)
             loaded = LoadedModel(
-                Network(config, weights, dtype=number_format, device=place, quantize=quantize),
-                AudioDecoder(config.audio_vae_config, weights.take_audio),
-                AudioEncoder(config.audio_vae_config, weights.take_audio),
+                Network(
+                    config,
+                    weights,
+                    dtype=number_format,
+                    device=place,
+                    quantize=quantize,
+                    batch_invariant=batch_invariant,
+                ),
+                decoder,
+                encoder,
                 mask_multichar_chinese_tokens(LlamaTokenizerFast.from_pretrained(str(directory))),
                 weights.taken_bytes,
                 _fingerprint(directory),

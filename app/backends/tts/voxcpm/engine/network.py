@@ -70,8 +70,13 @@ class Network:
         dtype: torch.dtype,
         device: torch.device,
         quantize: bool = False,
+        batch_invariant: bool = True,
     ) -> None:
-        """Take the weights of `config` (the library's VoxCPMConfig) from `weights`."""
+        """Take the weights of `config` (the library's VoxCPMConfig) from `weights`.
+
+        With `batch_invariant` a sequence's results do not depend on those beside it, to the bit.
+        """
+        self._batch_invariant = batch_invariant
         self.dtype, self.device = dtype, device
         self.patch_size: int = config.patch_size
         self.features: int = config.feat_dim
@@ -81,16 +86,16 @@ class Network:
         build = _Builder(config, weights, device=device)
         lm = config.lm_config
         residual_lm = {"num_hidden_layers": config.residual_lm_num_layers}
+        self._text = weights.take("base_lm.embed_tokens.weight").clone()
         self._base = build.language_model("base_lm", {}, quantize=quantize)
         no_rope = getattr(config, "residual_lm_no_rope", False)
         self._residual = build.language_model(
             "residual_lm", residual_lm, quantize=quantize, rope=not no_rope
         )
         self._local = build.local("feat_encoder.encoder", config.encoder_config)
-        self._flow = build.flow(dtype)
+        self._flow = build.flow(dtype, batch_invariant=batch_invariant)
         self._local_in = build.projection("feat_encoder.in_proj")
         self._local_token = weights.take("feat_encoder.special_token").reshape(1, 1, -1).clone()
-        self._text = weights.take("base_lm.embed_tokens.weight").clone()
         self._text_scale: float = lm.scale_emb if lm.use_mup else 1.0
         self._quantize_in = build.projection("fsq_layer.in_proj")
         self._quantize_out = build.projection("fsq_layer.out_proj")
@@ -163,7 +168,7 @@ class Network:
 
     def advance(self, sequences: Sequence[SequenceState], patches: Tensor) -> None:
         """Take each sequence one position further, behind the patch it has just made."""
-        rows = self._embedded(patches)
+        rows = self._embedded(patches, alone=not self._batch_invariant)
         base = self._quantized(self._base.step(rows, [one.base for one in sequences]))
         residual = self._residual.step(
             self._residual_input(base, rows), [one.residual for one in sequences]
@@ -182,7 +187,7 @@ class Network:
         residual = self._residual_to_flow(torch.stack([one.residual_hidden for one in sequences]))
         return torch.cat([base, residual], -1) if self._side_by_side else base + residual
 
-    def _embedded(self, patches: Tensor, *, alone: bool = False) -> Tensor:
+    def _embedded(self, patches: Tensor, *, alone: bool) -> Tensor:
         rows = self._local_in(patches, alone=alone)
         rows = torch.cat([self._local_token.expand(len(rows), 1, -1), rows], 1)
         return self._local_to_lm(self._local.local(rows, alone=alone)[:, 0], alone=alone)
@@ -250,7 +255,7 @@ class _Builder:
         config = self._local_config(sizes)
         return self._transformer(prefix, config, self._local_rotary(config))
 
-    def flow(self, dtype: torch.dtype) -> FlowDecoder:
+    def flow(self, dtype: torch.dtype, *, batch_invariant: bool) -> FlowDecoder:
         dit = self._config.dit_config
         config = self._local_config(dit)
         rotary = self._local_rotary(config)
@@ -264,6 +269,7 @@ class _Builder:
             dtype=dtype,
             device=self._device,
             mean_mode=mean_mode,
+            batch_invariant=batch_invariant,
         )
 
     def _local_config(self, sizes: Any) -> Any:
