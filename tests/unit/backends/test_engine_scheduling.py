@@ -143,6 +143,18 @@ async def test_the_size_of_the_batch_is_not_heard(running: Running, batch_size: 
         assert equal(speech.samples, expected)
 
 
+async def test_without_the_promise_a_lone_request_sounds_the_same(running: Running) -> None:
+    requests = company(running)
+    async with engine(running.directory, dtype=running.dtype, batch_invariant=False) as backend:
+        lone = await backend.synthesize(requests[0])
+        together = await asyncio.gather(*map(backend.synthesize, requests))
+
+    assert equal(lone.samples, await running.alone(requests[0]))
+    assert [running.patches_of(speech.samples) for speech in together] == [
+        running.patches_of(await running.alone(request)) for request in requests
+    ]
+
+
 async def test_pieces_of_one_request_may_be_said_at_once(running: Running) -> None:
     """The same voice and seed many times over."""
     whole = running.request("", 21, patches=5, **PROMPT)

@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 # Patches in each chunk of a stream, the last figure for all that follow. A lone patch costs more
 # to decode than its share of several, so the chunks grow once the listener has something to hear.
 _STREAM_CHUNKS = (1, 1, 2, 4)
-# Patches that are decoded at once where nobody is listening yet.
-_WHOLE_CHUNK = 12
+# Samples that are decoded at once where nobody is listening yet. More would save no time, and the
+# decoder's intermediate results, some hundred times as large, would fragment memory.
+_WHOLE_CHUNK_SAMPLES = 16_384
 # Reading prompts may take as long as the speaking of the others did in the step before.
 _READING_SHARE = 1.0
 
@@ -133,6 +134,8 @@ class Scheduler:
         self._network = network
         self._decoder = decoder
         self._batch_size = batch_size
+        patch_samples = network.patch_size * decoder.samples_per_frame
+        self._whole_chunk = max(1, _WHOLE_CHUNK_SAMPLES // patch_samples)
         self._inbox: queue.SimpleQueue[Utterance | None] = queue.SimpleQueue()
         self._waiting: deque[Utterance] = deque()
         self._speaking: list[_Speaker] = []
@@ -295,14 +298,14 @@ class Scheduler:
         awaited = [one for one in self._speaking if one.is_awaited()]
         rest = [one for one in self._speaking if not one.utterance.streamed and not one.finished]
         rest.sort(key=lambda one: len(one.undecoded), reverse=True)
-        keeping_up = rest[: ceil(len(rest) / _WHOLE_CHUNK)]
-        return awaited + [one for one in keeping_up if len(one.undecoded) >= _WHOLE_CHUNK]
+        keeping_up = rest[: ceil(len(rest) / self._whole_chunk)]
+        return awaited + [one for one in keeping_up if len(one.undecoded) >= self._whole_chunk]
 
     def _decode(self, due: list[_Speaker]) -> None:
         """Turn patches into sound: those with as many patches together, the fewest first."""
         for count in sorted({len(one.undecoded) for one in due}):
             alike = [one for one in due if len(one.undecoded) == count]
-            size = max(1, _WHOLE_CHUNK // count)
+            size = max(1, self._whole_chunk // count)
             for start in range(0, len(alike), size):
                 self._decode_alike(alike[start : start + size])
 
